@@ -1,0 +1,61 @@
+"""The key-value cache: a value that a forward pass takes and gives back, nothing more.
+
+Batch is axis 0 of every leaf, so a beam's reordering, a split or a sharding is one `jax.tree.map`. The keys of an
+encoder's output, which cross-attention reads, have the same type.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from tx_jax.config import ModelConfig
+from tx_jax.errors import require
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of one layer."""
+
+    k: Float[Array, "B S K H"]
+    v: Float[Array, "B S K H"]
+
+
+class Cache(NamedTuple):
+    """Keys and values of all layers, and the position that each slot holds (−1: empty)."""
+
+    layers: tuple[LayerCache, ...]
+    positions: Int[Array, "B S"]
+
+    def next_positions(self) -> Int[Array, " B"]:
+        """Where each row goes on: one past its last position."""
+        return self.positions.max(axis=1) + 1
+
+
+def init_cache(cfg: ModelConfig, batch_size: int, n_slots: int | None = None) -> Cache:
+    """An empty cache of `n_slots` tokens a row (None: cfg.max_len), in the model's computation dtype.
+
+    With `cfg.window`, fewer slots than the text has tokens make a ring: position p lives in slot p mod n_slots.
+
+    >>> init_cache(ModelConfig(), batch_size=2, n_slots=16).positions.shape
+    (2, 16)
+
+    Raises:
+        InputError: batch_size or n_slots is below 1.
+    """
+    n_slots = cfg.max_len if n_slots is None else n_slots
+    require(batch_size >= 1, f"batch_size={batch_size} must be at least 1")
+    require(n_slots >= 1, f"n_slots={n_slots} must be at least 1; None gives max_len={cfg.max_len}")
+    shape = (batch_size, n_slots, cfg.K, cfg.H)
+    layers = tuple(LayerCache(jnp.zeros(shape, cfg.dtype), jnp.zeros(shape, cfg.dtype)) for _ in range(cfg.n_layers))
+    return Cache(layers, jnp.full((batch_size, n_slots), -1, jnp.int32))
+
+
+def slots_of(positions: Int[Array, "B T"], n_slots: int) -> Int[Array, "B T"]:
+    """Where each position is written: p mod n_slots. Padding (−1) goes to n_slots, out of range, and is dropped."""
+    return jnp.where(positions >= 0, positions % n_slots, n_slots)
+
+
+def write(store: Array, new: Array, slots: Int[Array, "B T"]) -> Array:
+    """`store` (B, S, …) with `new` (B, T, …) at its slots; what is out of range is dropped, never clamped."""
+    return jax.vmap(lambda row, values, index: row.at[index].set(values.astype(row.dtype), mode="drop"))(store, new, slots)

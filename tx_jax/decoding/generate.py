@@ -1,0 +1,251 @@
+"""Text from a model: a prefill over the prompt, then one loop whose carry holds the cache.
+
+`prefill` and `decode` are the two halves, `generate` is both, `stream` gives each token as it comes. All are pure and
+may be called inside your own `jit` and `vmap`. Prompts of different length go in one batch, padded on the right.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from tx_jax.cache import Cache, init_cache
+from tx_jax.decoding.samplers import Sampler, check_sampler, sample
+from tx_jax.errors import require
+from tx_jax.models import DecoderLM, EncoderDecoder
+
+LanguageModel = DecoderLM | EncoderDecoder
+BUCKET = 64  # prompts are padded to a multiple of this many tokens, so that few lengths are compiled
+
+
+class Prompt(NamedTuple):
+    """Ragged prompts as one batch, padded on the right."""
+
+    tokens: Int[Array, "B T"]
+    positions: Int[Array, "B T"]  # 0, 1, 2, …; −1 on padding
+
+
+class Generation(NamedTuple):
+    """What `generate` gives."""
+
+    tokens: Int[Array, "B new"]  # after a row's end: eos_id
+    lengths: Int[Array, " B"]  # tokens of each row, its eos_id included
+    cache: Cache  # of the prompt and all tokens but the last
+
+
+def pad_prompts(prompts: Sequence[Sequence[int]]) -> Prompt:
+    """Prompts of any lengths as one batch.
+
+    >>> pad_prompts([[5, 6], [7]]).positions.tolist()
+    [[0, 1], [0, -1]]
+
+    Raises:
+        InputError: there is no prompt, or one has no token.
+    """
+    lengths = [len(prompt) for prompt in prompts]
+    require(lengths, "prompts=[]: give at least one prompt")
+    require(min(lengths), f"prompt {lengths.index(min(lengths))} has no token; a model goes on from at least one")
+    width = max(lengths)
+    rows = [list(prompt) + [0] * (width - len(prompt)) for prompt in prompts]
+    index = np.arange(width)
+    return Prompt(np.array(rows, np.int32), np.where(index < np.array(lengths)[:, None], index, -1).astype(np.int32))
+
+
+def check_tokens(tokens: Array | np.ndarray, vocab_size: int, name: str = "tokens") -> None:
+    """Hold ids to (B, T) integers in [0, vocab_size), where their values can be seen.
+
+    Raises:
+        InputError: another shape or dtype, no tokens, or an id outside of the vocabulary.
+    """
+    require(tokens.ndim == 2, f"{name}.shape={tokens.shape} must be (batch, length); wrap one row as [row]")
+    require(jnp.issubdtype(tokens.dtype, jnp.integer), f"{name}.dtype={tokens.dtype} must be an integer")
+    require(tokens.size, f"{name}.shape={tokens.shape} holds no token; give at least one a row")
+    if not isinstance(tokens, jax.core.Tracer):
+        low, high = int(tokens.min()), int(tokens.max())
+        bad = low if low < 0 else high
+        require(0 <= low and high < vocab_size, f"{name} holds id {bad}; the vocabulary is 0 … {vocab_size - 1}")
+
+
+def prefill(
+    model: LanguageModel,
+    params: dict,
+    prompt: Prompt,
+    cache: Cache,
+    memory: Cache | None = None,
+) -> tuple[Float[Array, "B V"], Cache]:
+    """The logits after each row's last real token, and the cache filled with the prompt. One pass."""
+    x, cache = _hidden(model, params, prompt.tokens, prompt.positions, cache, memory)
+    last = prompt.positions.argmax(axis=1)
+    return _logits(model, params, jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]), cache
+
+
+def decode(
+    model: LanguageModel,
+    params: dict,
+    logits: Float[Array, "B V"],
+    cache: Cache,
+    max_new_tokens: int,
+    sampler: Sampler = Sampler(),
+    key: PRNGKeyArray | None = None,
+    eos_id: int | Int[Array, ""] | None = None,
+    memory: Cache | None = None,
+) -> Generation:
+    """`max_new_tokens` tokens from what `prefill` gave; with an eos_id, the loop ends when every row has."""
+    B = logits.shape[0]
+
+    def choose(i: Array, logits: Array, done: Array) -> tuple[Array, Array]:
+        token = sample(logits, sampler, None if key is None else jax.random.fold_in(key, i))
+        if eos_id is None:
+            return token, done
+        token = jnp.where(done, eos_id, token)
+        return token, done | (token == eos_id)
+
+    def step(carry: tuple) -> tuple:
+        i, token, cache, done, tokens, lengths = carry
+        x, cache = _hidden(model, params, token[:, None], None, cache, memory)
+        lengths += ~done
+        token, done = choose(i, _logits(model, params, x[:, 0]), done)
+        return i + 1, token, cache, done, tokens.at[:, i].set(token), lengths
+
+    token, done = choose(jnp.int32(0), logits, jnp.zeros(B, bool))
+    fill = jnp.zeros((), jnp.int32) if eos_id is None else jnp.asarray(eos_id, jnp.int32)
+    tokens = jnp.full((B, max_new_tokens), fill).at[:, 0].set(token)
+    first = (jnp.int32(1), token, cache, done, tokens, jnp.ones(B, jnp.int32))
+    last = jax.lax.while_loop(lambda carry: (carry[0] < max_new_tokens) & ~carry[3].all(), step, first)
+    return Generation(tokens=last[4], lengths=last[5], cache=last[2])
+
+
+def generate(
+    model: LanguageModel,
+    params: dict,
+    tokens: Int[Array, "B T"] | np.ndarray,
+    positions: Int[Array, "B T"] | np.ndarray | None = None,
+    *,
+    max_new_tokens: int,
+    sampler: Sampler = Sampler(),
+    key: PRNGKeyArray | None = None,
+    eos_id: int | None = None,
+    memory: Cache | None = None,
+) -> Generation:
+    """Up to `max_new_tokens` tokens after each prompt.
+
+    Args:
+        tokens, positions: prompts, padded on the right; `pad_prompts` makes both. Positions None: no padding.
+        sampler: greedy by default; otherwise `key` is needed.
+        eos_id: the token that ends a row.
+        memory: an EncoderDecoder's `encode(source)`.
+
+    >>> from tx_jax import ModelConfig, build, init_params
+    >>> model = build(ModelConfig(vocab_size=7, d_model=8, n_heads=2, n_layers=1))
+    >>> generate(model, init_params(model, jax.random.key(0)), jnp.ones((1, 3), int), max_new_tokens=4).tokens.shape
+    (1, 4)
+
+    Raises:
+        InputError: ids outside of the vocabulary, a prompt and max_new_tokens beyond model.cfg.max_len, positions
+            that are not 0, 1, 2, … then −1, a sampler's number out of bounds, or no key where one is needed.
+    """
+    prompt, n_slots = prepare(model, tokens, positions, max_new_tokens, sampler, key, memory)
+    return _generate(model, params, prompt, max_new_tokens, n_slots, sampler, key, eos_id, memory)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3, 4))
+def _generate(model, params, prompt, max_new_tokens, n_slots, sampler, key, eos_id, memory):
+    cache = init_cache(model.cfg, prompt.tokens.shape[0], n_slots)
+    logits, cache = prefill(model, params, prompt, cache, memory)
+    return decode(model, params, logits, cache, max_new_tokens, sampler, key, eos_id, memory)
+
+
+def stream(
+    model: LanguageModel,
+    params: dict,
+    tokens: Int[Array, "B T"] | np.ndarray,
+    positions: Int[Array, "B T"] | np.ndarray | None = None,
+    *,
+    max_new_tokens: int,
+    sampler: Sampler = Sampler(),
+    key: PRNGKeyArray | None = None,
+    memory: Cache | None = None,
+) -> Iterator[np.ndarray]:
+    """The tokens of `generate`, (B,) at a time, each as soon as it is there. Arguments and errors are its own."""
+    prompt, n_slots = prepare(model, tokens, positions, max_new_tokens, sampler, key, memory)
+    cache = init_cache(model.cfg, prompt.tokens.shape[0], n_slots)
+    logits, cache = jax.jit(prefill, static_argnums=0, donate_argnums=3)(model, params, prompt, cache, memory)
+    return _stream(model, params, logits, cache, max_new_tokens, sampler, key, memory)
+
+
+def _stream(model, params, logits, cache, max_new_tokens, sampler, key, memory):
+    for i in range(max_new_tokens):
+        token = _choose(logits, sampler, key, i)
+        yield np.asarray(token)
+        if i + 1 < max_new_tokens:
+            logits, cache = _advance(model, params, token, cache, memory)
+
+
+@jax.jit
+def _choose(logits, sampler, key, i):
+    return sample(logits, sampler, None if key is None else jax.random.fold_in(key, i))
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+def _advance(model, params, token, cache, memory):
+    x, cache = _hidden(model, params, token[:, None], None, cache, memory)
+    return _logits(model, params, x[:, 0]), cache
+
+
+def _hidden(model, params, tokens, positions, cache, memory):
+    source = {} if memory is None else {"memory": memory}
+    return model.apply({"params": params}, tokens, positions, cache=cache, **source, method="hidden")
+
+
+def _logits(model, params, x):
+    return model.apply({"params": params}, x, method="logits")
+
+
+def prepare(model, tokens, positions, max_new_tokens, sampler, key, memory) -> tuple[Prompt, int]:
+    """The checked prompt, padded to its bucket, and how many cache slots it needs with what follows."""
+    cfg = model.cfg
+    tokens = jnp.asarray(tokens) if isinstance(tokens, list) else tokens
+    check_tokens(tokens, cfg.vocab_size)
+    B, T = tokens.shape
+    require(max_new_tokens >= 1, f"max_new_tokens={max_new_tokens} must be at least 1")
+    room = cfg.max_len - T
+    require(
+        max_new_tokens <= room,
+        f"a prompt of {T} tokens and max_new_tokens={max_new_tokens} exceed max_len={cfg.max_len}; "
+        f"ask for at most {max(room, 0)} or shorten the prompt",
+    )
+    check_sampler(sampler)
+    greedy = sampler.temperature is None
+    rules = [name for name in ("top_k", "top_p", "min_p") if getattr(sampler, name) is not None]
+    require(not (greedy and rules), f"{', '.join(rules)} without a temperature would be ignored; set temperature=1.0")
+    require(greedy or key is not None, "sampling needs key=jax.random.key(seed); without a temperature it is greedy")
+    needs_memory = isinstance(model, EncoderDecoder)
+    require(needs_memory == (memory is not None), _MEMORY_RULE[needs_memory])
+    if positions is None:
+        positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+    _check_positions(positions, (B, T))
+    width = min(-(-T // BUCKET) * BUCKET, cfg.max_len)
+    pad = ((0, 0), (0, width - T))
+    prompt = Prompt(jnp.pad(tokens, pad).astype(jnp.int32), jnp.pad(positions, pad, constant_values=-1))
+    n_slots = width + max_new_tokens
+    return prompt, n_slots if cfg.window is None else min(n_slots, cfg.window + width - 1)
+
+
+_MEMORY_RULE = {
+    True: "memory=None: an encoder-decoder needs memory=model.apply({'params': params}, source, method='encode')",
+    False: "memory is for an encoder-decoder; a decoder-only model takes none",
+}
+
+
+def _check_positions(positions: Array | np.ndarray, shape: tuple[int, int]) -> None:
+    require(positions.shape == shape, f"positions.shape={positions.shape} must be that of tokens, {shape}")
+    if not isinstance(positions, jax.core.Tracer):
+        rows = np.asarray(positions)
+        lengths = (rows >= 0).sum(axis=1, keepdims=True)
+        index = np.arange(shape[1])
+        right = (rows == np.where(index < lengths, index, -1)).all() and lengths.min() > 0
+        require(right, "positions must be 0, 1, 2, … and then −1 in each row, with a token in each; see pad_prompts")

@@ -1,0 +1,219 @@
+"""The three models: an encoder, a decoder-only language model, and the encoder-decoder of 2017.
+
+Each is embeddings, stacks and a head. A forward returns (logits, cache) always; without a cache the second is None.
+`logits(hidden(…))` is a forward, and both halves are public: a prefill asks for the logits of one row only.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from tx_jax.cache import Cache
+from tx_jax.config import ModelConfig
+from tx_jax.modules.block import Stack
+from tx_jax.modules.embed import Embed, Head
+from tx_jax.modules.linear import TABLE_INITS, Linear
+
+
+class DecoderLM(nn.Module):
+    """A causal language model: GPT-2, LLaMA and their kin."""
+
+    cfg: ModelConfig
+
+    def setup(self) -> None:
+        self.embed, self.head = Embed(self.cfg), Head(self.cfg)
+        self.stack = Stack(self.cfg, self.cfg.n_layers, causal=True)
+
+    def hidden(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "#B T"] | None = None,
+        *,
+        segments: Int[Array, "#B T"] | None = None,
+        prefix: Int[Array, " B"] | None = None,
+        cache: Cache | None = None,
+        deterministic: bool = True,
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        """Hidden vectors, and the cache with the new tokens' keys and values.
+
+        Args:
+            positions: −1 where there is no token; None: 0, 1, 2, … or, with a cache, where each row goes on.
+            segments: numbers of packed documents, which do not see each other.
+            prefix: tokens a row whose whole is seen by every query (prefix-LM).
+            deterministic: no dropout; otherwise pass `rngs={"dropout": key}` to apply.
+        """
+        x = self.embed(tokens)
+        return self.stack(
+            x, positions, segments=segments, prefix=prefix, cache=cache, deterministic=deterministic
+        )  # fmt: skip
+
+    def logits(self, hidden: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
+        """Float32 logits of hidden vectors."""
+        return self.head(hidden, self.embed)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "#B T"] | None = None,
+        *,
+        segments: Int[Array, "#B T"] | None = None,
+        prefix: Int[Array, " B"] | None = None,
+        cache: Cache | None = None,
+        deterministic: bool = True,
+    ) -> tuple[Float[Array, "B T V"], Cache | None]:
+        """Logits of the token after each token, and the cache. Arguments are those of `hidden`."""
+        x, cache = self.hidden(
+            tokens, positions, segments=segments, prefix=prefix, cache=cache, deterministic=deterministic
+        )  # fmt: skip
+        return self.logits(x), cache
+
+
+class Encoder(nn.Module):
+    """A bidirectional encoder: BERT and its kin."""
+
+    cfg: ModelConfig
+
+    def setup(self) -> None:
+        cfg = self.cfg
+        self.embed, self.head = Embed(cfg), Head(cfg)
+        self.stack = Stack(cfg, cfg.n_layers, causal=False)
+        if cfg.n_token_types:
+            self.types = self.param("types", TABLE_INITS[cfg.init](cfg.d_model), (cfg.n_token_types, cfg.d_model))
+        if cfg.pooler:
+            self.pool = Linear(cfg, cfg.d_model, "out")
+
+    def hidden(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "#B T"] | None = None,
+        *,
+        segments: Int[Array, "#B T"] | None = None,
+        types: Int[Array, "#B T"] | None = None,
+        deterministic: bool = True,
+    ) -> tuple[Float[Array, "B T D"], None]:
+        """Hidden vectors (and no cache). `types` are BERT's sentence numbers; None: all 0."""
+        x = self.embed(tokens)
+        if self.cfg.n_token_types:
+            x += self.types.astype(x.dtype)[jnp.zeros_like(tokens) if types is None else types]
+        return self.stack(x, positions, segments=segments, deterministic=deterministic)
+
+    def logits(self, hidden: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
+        """Float32 logits of hidden vectors."""
+        return self.head(hidden, self.embed)
+
+    def pooled(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B D"]:
+        """tanh of a map of the first vector. Source: Devlin et al. 2019, and its code."""
+        return jnp.tanh(self.pool(hidden[:, 0]))
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "#B T"] | None = None,
+        *,
+        segments: Int[Array, "#B T"] | None = None,
+        types: Int[Array, "#B T"] | None = None,
+        deterministic: bool = True,
+    ) -> tuple[Float[Array, "B T V"], None]:
+        """Logits of each token, and None."""
+        x, _ = self.hidden(tokens, positions, segments=segments, types=types, deterministic=deterministic)
+        if self.cfg.pooler and self.is_initializing():
+            self.pooled(x)  # so that its parameters are born with the others
+        return self.logits(x), None
+
+
+class EncoderDecoder(nn.Module):
+    """The Transformer of Vaswani et al. 2017: an encoder, and a decoder that attends to it."""
+
+    cfg: ModelConfig
+
+    def setup(self) -> None:
+        cfg = self.cfg
+        self.embed, self.head = Embed(cfg), Head(cfg)
+        self.source_embed = self.embed if cfg.tie_source else Embed(cfg)
+        self.encoder = Stack(cfg, cfg.n_encoder_layers or cfg.n_layers, causal=False)
+        self.decoder = Stack(cfg, cfg.n_layers, causal=True, cross=True)
+
+    def encode(
+        self,
+        source: Int[Array, "B S"],
+        positions: Int[Array, "#B S"] | None = None,
+        *,
+        deterministic: bool = True,
+    ) -> Cache:
+        """The source as keys and values for every block of the decoder, computed once (memory)."""
+        x, _ = self.encoder(self.source_embed(source), positions, deterministic=deterministic)
+        index = jnp.arange(source.shape[1])[None] if positions is None else positions
+        return self.decoder.memory(x, jnp.broadcast_to(index, source.shape))
+
+    def hidden(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "#B T"] | None = None,
+        *,
+        memory: Cache,
+        cache: Cache | None = None,
+        deterministic: bool = True,
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        """Hidden vectors of the decoder, and the cache. `memory` is what `encode` gave."""
+        return self.decoder(self.embed(tokens), positions, cache=cache, memory=memory, deterministic=deterministic)
+
+    def logits(self, hidden: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
+        """Float32 logits of hidden vectors."""
+        return self.head(hidden, self.embed)
+
+    def decode(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "#B T"] | None = None,
+        *,
+        memory: Cache,
+        cache: Cache | None = None,
+        deterministic: bool = True,
+    ) -> tuple[Float[Array, "B T V"], Cache | None]:
+        """Logits of the token after each target token, and the cache."""
+        x, cache = self.hidden(tokens, positions, memory=memory, cache=cache, deterministic=deterministic)
+        return self.logits(x), cache
+
+    def __call__(
+        self,
+        source: Int[Array, "B S"],
+        tokens: Int[Array, "B T"],
+        source_positions: Int[Array, "#B S"] | None = None,
+        positions: Int[Array, "#B T"] | None = None,
+        *,
+        deterministic: bool = True,
+    ) -> tuple[Float[Array, "B T V"], Cache | None]:
+        """Logits of the token after each target token, and None: `decode` of `encode`."""
+        memory = self.encode(source, source_positions, deterministic=deterministic)
+        return self.decode(tokens, positions, memory=memory, deterministic=deterministic)
+
+
+MODELS = {"decoder": DecoderLM, "encoder": Encoder, "encoder_decoder": EncoderDecoder}
+Model = DecoderLM | Encoder | EncoderDecoder
+
+
+def build(cfg: ModelConfig) -> Model:
+    """The model that cfg describes.
+
+    >>> type(build(ModelConfig(vocab_size=11))).__name__
+    'DecoderLM'
+    """
+    return MODELS[cfg.stack](cfg)
+
+
+def init_params(model: Model, key: PRNGKeyArray) -> dict:
+    """A fresh float32 parameter tree; under `jax.eval_shape`, its shapes alone."""
+    token = jnp.zeros((1, 1), jnp.int32)
+    inputs = (token, token) if isinstance(model, EncoderDecoder) else (token,)
+    return model.init(key, *inputs)["params"]
+
+
+def count_params(cfg: ModelConfig) -> int:
+    """How many parameters a model of this config has; nothing is allocated.
+
+    >>> count_params(ModelConfig(vocab_size=7, d_model=8, n_heads=2, n_layers=1))
+    856
+    """
+    shapes = jax.eval_shape(lambda key: init_params(build(cfg), key), jax.random.key(0))
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes))

@@ -1,0 +1,73 @@
+"""Multi-head attention: projections around `ops.attention`. Self- and cross-attention differ only in where the keys
+and values come from: this sequence (and its cache), or an encoder's output."""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from tx_jax.cache import LayerCache, write
+from tx_jax.config import ModelConfig
+from tx_jax.modules.linear import Linear
+from tx_jax.ops.attention import attention
+from tx_jax.ops.masks import Mask
+from tx_jax.ops.positions import Rotation, rotate
+
+
+class Plan(NamedTuple):
+    """What one forward pass works out once for all layers: who sees whom, and how positions enter."""
+
+    mask: Mask
+    bias: Float[Array, "b N T S"] | None = None
+    turn: Rotation | None = None
+    slots: Int[Array, "B T"] | None = None  # where new keys go in the cache
+
+
+class Attention(nn.Module):
+    """Vaswani et al. 2017, §3.2.2; grouped queries (Ainslie et al. 2023) where cfg.n_kv_heads < cfg.n_heads."""
+
+    cfg: ModelConfig
+
+    def setup(self) -> None:
+        cfg = self.cfg
+        self.q = Linear(cfg, cfg.n_heads * cfg.H, "qkv")
+        self.k = Linear(cfg, cfg.K * cfg.H, "qkv")
+        self.v = Linear(cfg, cfg.K * cfg.H, "qkv")
+        self.out = Linear(cfg, cfg.d_model, "out", residual=True)
+        if cfg.qk_norm:
+            self.q_norm = nn.RMSNorm(epsilon=cfg.norm_eps, dtype=jnp.dtype(cfg.dtype))
+            self.k_norm = nn.RMSNorm(epsilon=cfg.norm_eps, dtype=jnp.dtype(cfg.dtype))
+
+    def keys_values(self, x: Float[Array, "B S D"], turn: Rotation | None = None) -> LayerCache:
+        """The keys and values of x, as a cache of S slots."""
+        k, v = (part.reshape(*x.shape[:2], self.cfg.K, self.cfg.H) for part in (self.k(x), self.v(x)))
+        k = self.k_norm(k) if self.cfg.qk_norm else k
+        return LayerCache(rotate(k, turn, interleaved=self.cfg.positions == "rotary_pairs"), v)
+
+    def attend(
+        self, x: Float[Array, "B T D"], memory: LayerCache, plan: Plan, deterministic: bool
+    ) -> Float[Array, "B T D"]:
+        """The queries of x over the keys and values of `memory`."""
+        cfg = self.cfg
+        q = self.q(x).reshape(*x.shape[:2], cfg.n_heads, cfg.H)
+        q = self.q_norm(q) if cfg.qk_norm else q
+        q = rotate(q, plan.turn, interleaved=cfg.positions == "rotary_pairs")
+        drop = cfg.attention_dropout_rate > 0 and not deterministic
+        heads = attention(
+            q, *memory, plan.mask, plan.bias,
+            scale=None if cfg.scale_attention else 1.0,
+            soft_cap=cfg.attention_soft_cap,
+            dropout_rate=cfg.attention_dropout_rate,
+            dropout_key=self.make_rng("dropout") if drop else None,
+        )  # fmt: skip
+        return self.out(heads.reshape(*x.shape[:2], -1))
+
+    def __call__(
+        self, x: Float[Array, "B T D"], plan: Plan, cache: LayerCache | None, deterministic: bool
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        """Self-attention over x and, where there is a cache, over what it holds."""
+        new = self.keys_values(x, plan.turn)
+        if cache is not None:
+            new = cache = LayerCache(write(cache.k, new.k, plan.slots), write(cache.v, new.v, plan.slots))
+        return self.attend(x, new, plan, deterministic), cache

@@ -1,0 +1,122 @@
+"""One block, and a stack of them: encoder, decoder-only and the decoder of an encoder-decoder are this with other
+arguments (not causal; causal; causal with cross-attention)."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from tx_jax.cache import Cache, LayerCache, slots_of, write
+from tx_jax.config import ModelConfig
+from tx_jax.errors import require
+from tx_jax.modules.attention import Attention, Plan
+from tx_jax.modules.mlp import MLP
+from tx_jax.modules.norms import make_norm
+from tx_jax.modules.positions import SCHEMES
+from tx_jax.ops.masks import Mask
+
+
+class Block(nn.Module):
+    """x + self-attention, if cross x + cross-attention, x + feed-forward, with norms before or after."""
+
+    cfg: ModelConfig
+    cross: bool = False
+
+    def setup(self) -> None:
+        cfg = self.cfg
+        self.attention, self.attention_norm = Attention(cfg), make_norm(cfg)
+        if self.cross:
+            self.cross_attention, self.cross_norm = Attention(cfg), make_norm(cfg)
+        self.mlp, self.mlp_norm = MLP(cfg), make_norm(cfg)
+        self.dropout = nn.Dropout(cfg.dropout_rate)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        plan: Plan,
+        cache: LayerCache | None = None,
+        memory: LayerCache | None = None,
+        cross_plan: Plan | None = None,
+        *,
+        deterministic: bool = True,
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        """x after this block, and the cache with this block's new keys and values."""
+
+        def residual(norm: nn.Module, x: Array, sublayer: Callable) -> tuple[Array, LayerCache | None]:
+            y, cache = sublayer(norm(x) if self.cfg.norm_order == "pre" else x)
+            x = x + self.dropout(y, deterministic=deterministic)
+            return (x if self.cfg.norm_order == "pre" else norm(x)), cache
+
+        x, cache = residual(self.attention_norm, x, lambda h: self.attention(h, plan, cache, deterministic))
+        if self.cross:
+            attend = self.cross_attention.attend
+            x, _ = residual(self.cross_norm, x, lambda h: (attend(h, memory, cross_plan, deterministic), None))
+        x, _ = residual(self.mlp_norm, x, lambda h: (self.mlp(h), None))
+        return x, cache
+
+
+class Stack(nn.Module):
+    """Token vectors to hidden vectors: positions, n blocks and, if pre-norm, a last norm."""
+
+    cfg: ModelConfig
+    n_layers: int
+    causal: bool
+    cross: bool = False
+
+    def setup(self) -> None:
+        cfg = self.cfg
+        self.positions = SCHEMES[cfg.positions](cfg, self.causal)
+        self.blocks = [Block(cfg, self.cross) for _ in range(self.n_layers)]
+        self.dropout = nn.Dropout(cfg.dropout_rate)
+        if cfg.norm_embeddings:
+            self.first_norm = make_norm(cfg)
+        if cfg.norm_order == "pre":
+            self.last_norm = make_norm(cfg)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "#B T"] | None = None,
+        *,
+        segments: Int[Array, "#B T"] | None = None,
+        prefix: Int[Array, " B"] | None = None,
+        cache: Cache | None = None,
+        memory: Cache | None = None,
+        deterministic: bool = True,
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        """Hidden vectors, and the cache with everything new in it (None without one)."""
+        cfg, (B, T, _) = self.cfg, x.shape
+        slots, k_positions = None, positions
+        if cache is not None:
+            require(T <= cache.positions.shape[1], f"{T} tokens do not fit the cache's {cache.positions.shape[1]} slots")
+            require(segments is None, "segments and cache do not go together: decode one document a row")
+            if positions is None:
+                positions = cache.next_positions()[:, None] + jnp.arange(T)
+            positions = jnp.broadcast_to(positions, (B, T))
+            slots = slots_of(positions, cache.positions.shape[1])
+            k_positions = write(cache.positions, positions, slots)
+        mask = Mask(
+            causal=self.causal, window=cfg.window, prefix=prefix,
+            q_positions=positions, k_positions=k_positions, q_segments=segments, k_segments=segments,
+        )  # fmt: skip
+        index = jnp.arange(T)[None] if positions is None else positions
+        k_index = index if k_positions is None else k_positions
+        plan = Plan(mask, self.positions.bias(index, k_index), self.positions.turn(index), slots)
+        cross_plan = Plan(Mask(k_positions=None if memory is None else memory.positions))
+
+        x = self.positions.add(x, index)
+        x = self.first_norm(x) if cfg.norm_embeddings else x
+        x = self.dropout(x, deterministic=deterministic)
+        layers = []
+        for i, block in enumerate(self.blocks):
+            layer = None if cache is None else cache.layers[i]
+            source = None if memory is None else memory.layers[i]
+            x, layer = block(x, plan, layer, source, cross_plan, deterministic=deterministic)
+            layers.append(layer)
+        x = self.last_norm(x) if cfg.norm_order == "pre" else x
+        return x, None if cache is None else Cache(tuple(layers), k_positions)
+
+    def memory(self, x: Float[Array, "B S D"], positions: Int[Array, "B S"]) -> Cache:
+        """An encoder's output as the keys and values of every block's cross-attention."""
+        return Cache(tuple(block.cross_attention.keys_values(x) for block in self.blocks), positions)

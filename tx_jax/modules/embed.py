@@ -1,0 +1,46 @@
+"""Tokens to vectors, and vectors to logits: the two ends of a model, which may share one table."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from tx_jax.config import ModelConfig
+from tx_jax.errors import require
+from tx_jax.modules.linear import TABLE_INITS, Linear
+
+
+class Embed(nn.Module):
+    """A (V, D) table of token vectors."""
+
+    cfg: ModelConfig
+
+    def setup(self) -> None:
+        cfg = self.cfg
+        require(cfg.vocab_size is not None, "vocab_size=None: set it, or let train.py take it from the tokenizer")
+        init = TABLE_INITS[cfg.init](cfg.d_model)
+        self.table = self.param("table", init, (cfg.vocab_size, cfg.d_model))
+
+    def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """The vectors of tokens, × √D if cfg.scale_embeddings. Ids must be in [0, V)."""
+        scale = self.cfg.d_model**0.5 if self.cfg.scale_embeddings else 1.0
+        return self.table.astype(self.cfg.dtype)[tokens] * jnp.asarray(scale, self.cfg.dtype)
+
+    def logits(self, x: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
+        """The dot product of x with every token's vector."""
+        return jnp.einsum("...D,VD->...V", x, self.table.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+class Head(nn.Module):
+    """Hidden vectors to float32 logits, by the token table if cfg.tie_head, otherwise by a map of its own."""
+
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b D"], embed: Embed) -> Float[Array, "*b V"]:
+        cfg = self.cfg
+        if cfg.scale_head:
+            x = x * jnp.asarray(cfg.d_model**-0.5, x.dtype)
+        logits = embed.logits(x) if cfg.tie_head else Linear(cfg, cfg.vocab_size, "head", name="map")(x)
+        logits = logits.astype(jnp.float32)
+        cap = cfg.head_soft_cap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)

@@ -1,0 +1,46 @@
+"""Linear maps, and how their weights begin. Kernels are stored (out, in), as Hugging Face stores them: a decoding
+step reads each output's weights in one run of memory."""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from tx_jax.config import ModelConfig
+
+BIASES = {  # which linear maps and norms have one
+    "none": frozenset[str](),
+    "norm": frozenset({"norm"}),
+    "mlp": frozenset({"norm", "mlp"}),
+    "qkv": frozenset({"qkv"}),
+    "all": frozenset({"norm", "mlp", "qkv", "out"}),
+}
+KERNEL_INITS = {  # of a kernel; `share` is 1, or 1/√(2L) for the 2L maps whose results add up in the residual stream
+    "normal": lambda share: nn.initializers.normal(0.02 * share),  # Radford et al. 2019, §2.3
+    "xavier": lambda share: nn.initializers.xavier_uniform(in_axis=-1, out_axis=-2),  # Glorot & Bengio 2010, eq. 16
+}
+TABLE_INITS = {  # of an embedding table of width D
+    "normal": lambda d_model: nn.initializers.normal(0.02),
+    "xavier": lambda d_model: nn.initializers.normal(d_model**-0.5),  # unit length after × √D (Vaswani et al. 2017)
+}
+
+
+class Linear(nn.Module):
+    """x Wᵀ + b over the last axis, in cfg.dtype; `part` says whether there is a b (BIASES)."""
+
+    cfg: ModelConfig
+    features: int
+    part: str
+    residual: bool = False  # the result is added to the residual stream
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b inner"]) -> Float[Array, "*b outer"]:
+        cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
+        share = 1 / math.sqrt(2 * cfg.n_layers) if self.residual else 1.0
+        kernel: Any = self.param("kernel", KERNEL_INITS[cfg.init](share), (self.features, x.shape[-1]))
+        y = jnp.einsum("...I,OI->...O", x, kernel.astype(dtype))
+        if self.part in BIASES[cfg.biases]:
+            y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(dtype)
+        return y

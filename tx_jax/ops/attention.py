@@ -1,0 +1,103 @@
+"""softmax(q kᵀ · scale + bias) v over the pairs that a mask allows: the one attention function.
+
+Letters: B batch, T query length, S key length, N query heads, K key-value heads, G = N / K, H head width.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from tx_jax.errors import require
+from tx_jax.ops.masks import Mask
+
+
+def attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: Mask = Mask(),
+    bias: Float[Array, "#B N T S"] | None = None,
+    *,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: PRNGKeyArray | None = None,
+    impl: str = "auto",
+) -> Float[Array, "B T N H"]:
+    """For each query, the mean of the values, weighted by the softmax of its scores; zeros if it may see no key.
+
+    Scores and softmax are float32, the result has q's dtype. N may be a multiple of K (grouped-query attention).
+
+    Args:
+        scale: what scores are multiplied by; None is 1/√H.
+        soft_cap: scores become soft_cap · tanh(scores / soft_cap).
+        dropout_rate: of the weights, where dropout_key is given.
+        impl: a key of BODIES, or "auto" (blockwise for long plain sequences, otherwise xla).
+
+    >>> q = k = v = jnp.ones((1, 3, 2, 4))
+    >>> attention(q, k, v, Mask(causal=True)).shape
+    (1, 3, 2, 4)
+
+    Raises:
+        InputError: the shapes do not fit together, or impl is unknown.
+    Source: Vaswani et al. 2017, eq. 1; grouped queries: Ainslie et al. 2023; soft cap: Gemma 2, §2.
+    """
+    _check_shapes(q, k, v)
+    if impl == "auto":
+        impl = "blockwise" if q.shape[1] > BLOCK and k.shape[1] == q.shape[1] else "xla"
+    require(impl in BODIES, f"impl={impl!r} is not one of auto, {', '.join(BODIES)}")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    rate = 0.0 if dropout_key is None else dropout_rate
+    return BODIES[impl](q, k, v, mask, bias, dropout_key, scale, soft_cap, rate)
+
+
+def _check_shapes(q: Array, k: Array, v: Array) -> None:
+    shapes = f"q{q.shape}, k{k.shape}, v{v.shape}"
+    require(q.ndim == k.ndim == v.ndim == 4, f"{shapes}: each must be (batch, length, heads, width)")
+    require(k.shape == v.shape, f"{shapes}: k and v must have one shape")
+    require(q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3], f"{shapes}: batch and width must be equal")
+    require(q.shape[2] % k.shape[2] == 0, f"{shapes}: the query heads must be a multiple of the key-value heads")
+
+
+def _plain(q, k, v, mask, bias, key, scale, soft_cap, rate):
+    """The reference: holds (B, N, T, S)."""
+    B, T, N, H = q.shape
+    S, K = k.shape[1:3]
+    q = (q * jnp.asarray(scale, q.dtype)).reshape(B, T, K, N // K, H)
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32)
+    if soft_cap is not None:
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
+    if bias is not None:
+        scores += bias.reshape(-1, K, N // K, T, S)
+    seen = mask.materialize(T, S)[:, None, None]
+    scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
+    # The second `where` gives zeros, not a mean over everything, to a row that sees no key.
+    weights = jnp.where(seen, jax.nn.softmax(scores, axis=-1), 0.0)
+    if rate > 0:
+        weights *= jax.random.bernoulli(key, 1 - rate, weights.shape) / (1 - rate)
+    out = jnp.einsum("BKGTS,BSKH->BTKGH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return out.reshape(B, T, N, H).astype(q.dtype)
+
+
+BLOCK = 64  # queries in a block: measured best on CPU among 32 … 256 (benchmarks/RESULTS.md)
+
+
+def _blockwise(q, k, v, mask, bias, key, scale, soft_cap, rate):
+    """A block of queries at a time, each recomputed in the backward pass: memory is linear in T."""
+    T, S = q.shape[1], k.shape[1]
+    plain_order = mask.causal and mask.q_positions is None and mask.k_positions is None and mask.prefix is None
+
+    @functools.partial(jax.checkpoint, static_argnums=(0, 1))
+    def rows(start, stop, q, k, v, mask, bias, key):
+        seen = min(stop, S) if plain_order else S  # later keys are masked for the whole block
+        part = None if bias is None else bias[:, :, start:stop, :seen]
+        key = None if key is None else jax.random.fold_in(key, start)
+        return _plain(q[:, start:stop], k[:, :seen], v[:, :seen], mask.rows(start, stop, seen), part, key, scale, soft_cap, rate)
+
+    blocks = [rows(start, min(start + BLOCK, T), q, k, v, mask, bias, key) for start in range(0, T, BLOCK)]
+    return jnp.concatenate(blocks, axis=1)
+
+
+BODIES = {"xla": _plain, "blockwise": _blockwise}

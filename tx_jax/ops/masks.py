@@ -1,0 +1,64 @@
+"""Who may attend to whom, as a description rather than an array.
+
+A `Mask` holds positions and segments, which grow with T, and the rules between them. Attention bodies read the
+description; only the plain one materialises the (B, T, S) array. One convention carries padding, empty cache
+slots and source padding alike: **a position is an integer ≥ 0, and −1 means that there is no token here**.
+"""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["q_positions", "k_positions", "q_segments", "k_segments", "prefix"],
+    meta_fields=["causal", "window"],
+)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mask:
+    """The conjunction of every rule that is set. True means "may attend".
+
+    Positions of None are 0, 1, 2, …: with no other rule, a body may then use its own causal form.
+
+    >>> Mask(causal=True).materialize(2, 2)[0].tolist()
+    [[True, False], [True, True]]
+    """
+
+    causal: bool = False  # a key at or before the query
+    window: int | None = None  # at most this many keys back, the query's own included; when not causal, also ahead
+    q_positions: Int[Array, "#B T"] | None = None
+    k_positions: Int[Array, "#B S"] | None = None  # −1: no key here
+    q_segments: Int[Array, "#B T"] | None = None  # packed documents: only the same number sees each other
+    k_segments: Int[Array, "#B S"] | None = None
+    prefix: Int[Array, " B"] | None = None  # prefix-LM: keys at positions below this are seen by every query
+
+    def materialize(self, q_len: int, k_len: int) -> Bool[Array, "b T S"]:
+        """The mask as an array of (B or 1, q_len, k_len)."""
+        q = jnp.arange(q_len)[None] if self.q_positions is None else self.q_positions
+        k = jnp.arange(k_len)[None] if self.k_positions is None else self.k_positions
+        q, k = q[:, :, None], k[:, None, :]
+        seen = jnp.ones_like(q == k)
+        if self.causal:
+            seen = k <= q
+        if self.window is not None:
+            seen &= jnp.abs(q - k) < self.window
+        if self.prefix is not None:
+            seen |= (k < self.prefix[:, None, None]) & (q >= 0)
+        if self.q_segments is not None and self.k_segments is not None:
+            seen &= self.q_segments[:, :, None] == self.k_segments[:, None, :]
+        return seen & (k >= 0)
+
+    def rows(self, start: int, stop: int, k_stop: int) -> "Mask":
+        """The description for the queries start:stop and the keys up to k_stop."""
+        q = jnp.arange(start, stop)[None] if self.q_positions is None else self.q_positions[:, start:stop]
+        return dataclasses.replace(
+            self,
+            q_positions=q,
+            k_positions=None if self.k_positions is None else self.k_positions[:, :k_stop],
+            q_segments=None if self.q_segments is None else self.q_segments[:, start:stop],
+            k_segments=None if self.k_segments is None else self.k_segments[:, :k_stop],
+        )

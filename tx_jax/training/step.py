@@ -1,0 +1,90 @@
+"""One training step as a pure function, (state, batch) → (state, metrics): not jitted, and ignorant of the model.
+
+Its random key is a function of the step, so a checkpoint needs no other state. With an axis_name it adds the sums
+of all devices before the one division, so any number of devices gives the same update.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from tx_jax.models import Model, init_params
+from tx_jax.training.losses import cross_entropy
+
+
+class Examples(Protocol):
+    """A batch of any model: `inputs` are the keyword arguments of its call, with gold ids and their weights."""
+
+    targets: Any
+    weights: Any
+
+    @property
+    def inputs(self) -> dict[str, Any]: ...
+
+
+class TrainState(NamedTuple):
+    """Everything that a run is made of, but for its place in the data."""
+
+    step: Int[Array, ""]  # optimiser steps done
+    params: dict
+    opt_state: optax.OptState
+    key: PRNGKeyArray
+
+
+class Metrics(NamedTuple):
+    """Of one step, over all devices."""
+
+    loss: Float[Array, ""]  # nats per token, smoothing included
+    grad_norm: Float[Array, ""]  # global, before clipping
+    n_tokens: Float[Array, ""]  # tokens with weight
+
+
+def init_state(model: Model, optimizer: optax.GradientTransformation, key: PRNGKeyArray) -> TrainState:
+    """The state before the first step."""
+    init_key, key = jax.random.split(key)
+    params = init_params(model, init_key)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), key)
+
+
+def make_train_step(
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    *,
+    label_smoothing: float = 0.0,
+    axis_name: str | None = None,
+) -> Callable[[TrainState, Examples], tuple[TrainState, Metrics]]:
+    """A pure (state, batch) → (state, metrics). `axis_name` is that of a `pmap`, if it runs inside one."""
+
+    def loss(params: dict, batch: Examples, key: PRNGKeyArray) -> tuple[Array, Array]:
+        logits, _ = model.apply({"params": params}, **batch.inputs, deterministic=False, rngs={"dropout": key})
+        return cross_entropy(logits, batch.targets, batch.weights, label_smoothing=label_smoothing)
+
+    def step(state: TrainState, batch: Examples) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(state.key, state.step)
+        if axis_name is not None:
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+        (total, count), grads = jax.value_and_grad(loss, has_aux=True)(state.params, batch, key)
+        if axis_name is not None:
+            total, count, grads = jax.lax.psum((total, count, grads), axis_name)
+        divisor = jnp.maximum(count, 1.0)  # a batch of padding alone changes nothing
+        grads = jax.tree.map(lambda g: g / divisor, grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = Metrics(total / divisor, optax.global_norm(grads), count)
+        return TrainState(state.step + 1, params, opt_state, state.key), metrics
+
+    return step
+
+
+def make_eval_step(model: Model) -> Callable[[dict, Examples], tuple[Array, Array]]:
+    """A pure (params, batch) → (sum of nats, count of tokens), without dropout or smoothing."""
+
+    def step(params: dict, batch: Examples) -> tuple[Array, Array]:
+        logits, _ = model.apply({"params": params}, **batch.inputs)
+        return cross_entropy(logits, batch.targets, batch.weights)
+
+    return step
