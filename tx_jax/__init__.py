@@ -1,8 +1,69 @@
-"""tx_jax: the Transformer in JAX. The encoder-decoder of 2017, GPT-2 and LLaMA as one set of parts."""
+"""The Transformer in JAX: the encoder-decoder of 2017, GPT-2 and LLaMA as one set of parts, the KV cache as a value."""
 
+from tx_jax import presets
 from tx_jax.cache import Cache, LayerCache, init_cache
-from tx_jax.config import DataConfig, MeshConfig, ModelConfig, OptimConfig, RotaryConfig, RunConfig, TrainConfig
-from tx_jax.decoding.generate import Generation, Prompt, decode, generate, pad_prompts, prefill, stream
+from tx_jax.config import (
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    RotaryConfig,
+    RunConfig,
+    TrainConfig,
+)
+from tx_jax.data.batches import Batch
+from tx_jax.decoding.generate import Generation, Prompt, decode, generate, pad_prompts, prefill, prepare, stream
 from tx_jax.decoding.samplers import Sampler, sample
 from tx_jax.errors import InputError
 from tx_jax.models import DecoderLM, Encoder, EncoderDecoder, build, count_params, init_params
+from tx_jax.ops.attention import attention
+from tx_jax.ops.masks import Mask
+from tx_jax.parallel import jit_step, make_mesh, pmap_step
+from tx_jax.training.losses import cross_entropy
+from tx_jax.training.optim import make_optimizer, make_schedule
+from tx_jax.training.step import Metrics, TrainState, init_state, make_eval_step, make_train_step
+
+__all__ = [
+    "Batch",
+    "Cache",
+    "DataConfig",
+    "DecoderLM",
+    "Encoder",
+    "EncoderDecoder",
+    "Generation",
+    "InputError",
+    "LayerCache",
+    "Mask",
+    "MeshConfig",
+    "Metrics",
+    "ModelConfig",
+    "OptimConfig",
+    "Prompt",
+    "RotaryConfig",
+    "RunConfig",
+    "Sampler",
+    "TrainConfig",
+    "TrainState",
+    "attention",
+    "build",
+    "count_params",
+    "cross_entropy",
+    "decode",
+    "generate",
+    "init_cache",
+    "init_params",
+    "init_state",
+    "jit_step",
+    "make_eval_step",
+    "make_mesh",
+    "make_optimizer",
+    "make_schedule",
+    "make_train_step",
+    "pad_prompts",
+    "pmap_step",
+    "prefill",
+    "prepare",
+    "presets",
+    "sample",
+    "stream",
+]

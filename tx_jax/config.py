@@ -46,7 +46,7 @@ def _check(config: Any) -> None:
             _check_number(name, value, least=0 if field.default == 0 else 1)
 
 
-def _check_number(name: str, value: float, least: int) -> None:
+def _check_number(name: str, value: float | int, least: int) -> None:
     require(math.isfinite(value), f"{name}={value} must be a finite number")
     if name.startswith(("n_", "d_")) or name.endswith(("_len", "_size")):
         require(value >= least, f"{name}={value} must be at least {least}")

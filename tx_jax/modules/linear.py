@@ -40,7 +40,9 @@ class Linear(nn.Module):
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
         share = 1 / math.sqrt(2 * cfg.n_layers) if self.residual else 1.0
         kernel: Any = self.param("kernel", KERNEL_INITS[cfg.init](share), (self.features, x.shape[-1]))
-        y = jnp.einsum("...I,OI->...O", x, kernel.astype(dtype))
+        # One row a token: XLA on CPU copies the gradient of a (B, T, O) product, and recomputes it for each copy.
+        rows = x.reshape(-1, x.shape[-1])
+        y = jnp.einsum("RI,OI->RO", rows, kernel.astype(dtype)).reshape(*x.shape[:-1], self.features)
         if self.part in BIASES[cfg.biases]:
             y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(dtype)
         return y

@@ -1,0 +1,38 @@
+# make demo: train a character-level GPT on tiny Shakespeare and let it write. make test: everything that must hold.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test check stacks figures clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python train.py gpt-shakespeare --run-dir runs/demo
+	$(BIN)/python sample.py runs/demo --max-new-tokens 1500
+	@echo
+	@echo 'Next:'
+	@echo '  source $(BIN)/activate'
+	@echo '  python sample.py runs/demo --prompt "ROMEO:" --stream'
+	@echo '  python train.py gpt-shakespeare --data.path YOUR_TEXT.txt --run-dir runs/mine'
+	@echo '  python train.py gpt-shakespeare --help'
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -n $(or $(WORKERS),$(shell nproc 2>/dev/null || echo 2))
+
+check: $(VENV)/.test $(VENV)/.check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(MAKE) test
+
+figures: $(VENV)/.demo
+	$(BIN)/python -m tx_jax.inspect figures
+
+$(VENV)/.demo $(VENV)/.test $(VENV)/.check: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo 'error: $(PYTHON) is older than Python 3.11; run make PYTHON=/path/to/a/newer/python'; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$(subst demo,plots,$(patsubst .%,%,$(@F)))]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV)

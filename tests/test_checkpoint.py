@@ -1,0 +1,289 @@
+"""Checkpoints: bit for bit, onto other devices, after a kill; and each refusal by its text."""
+
+import dataclasses
+import functools
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from tx_jax.checkpoint import claim_run_dir, latest_step, read_config, restore, restore_params, saver, write_config
+from tx_jax.config import MeshConfig, RunConfig
+from tx_jax.errors import InputError
+
+DATA = {"next_index": 3, "parents": {"a": [1, 2.5, None, True], "é": {}}, "big": 2**70}
+
+
+class State(NamedTuple):
+    step: jax.Array
+    params: dict[str, Any]
+    opt_state: Any
+    key: jax.Array
+
+
+def make_state(step: int = 0, optimizer: optax.GradientTransformation = optax.adamw(1e-3)) -> State:
+    key = jax.random.fold_in(jax.random.key(5), step)
+    params = {"w": jax.random.normal(key, (8, 3)), "b": {"c": jnp.full((7,), step, jnp.bfloat16)}}
+    opt_state = jax.tree.map(lambda x: x + jnp.asarray(step, x.dtype), optimizer.init(params))
+    return State(jnp.int32(step), params, opt_state, key)
+
+
+def put(run_dir: pathlib.Path, *steps: int, keep: int = 9) -> pathlib.Path:
+    with saver(run_dir, keep) as save:
+        for step in steps:
+            save(step, make_state(step), DATA | {"next_index": step})
+    return run_dir
+
+
+def assert_same(found: Any, wanted: Any) -> None:
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert a.dtype == b.dtype
+        raw = [jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x for x in (a, b)]
+        assert np.asarray(raw[0]).tobytes() == np.asarray(raw[1]).tobytes()
+
+
+def refuses(text: str) -> Any:
+    return pytest.raises(InputError, match=f"^[^\n]*{re.escape(text)}[^\n]*$")
+
+
+def test_bit_for_bit(tmp_path, caplog):
+    put(tmp_path, 4)
+    for abstract in (make_state(0), jax.eval_shape(make_state)):
+        state, data = restore(tmp_path, abstract)
+        assert_same(state, make_state(4))
+        assert data == DATA | {"next_index": 4}
+    assert not [record for record in caplog.records if record.levelname != "INFO"]  # nothing on the terminal
+
+
+def test_keeps_the_newest(tmp_path):
+    assert latest_step(tmp_path) is None
+    left = tmp_path / "checkpoints" / "9.orbax-checkpoint-tmp"
+    left.mkdir(parents=True)
+    assert latest_step(tmp_path) is None
+    put(tmp_path, 2, 9, 10, keep=2)
+    assert latest_step(tmp_path) == 10
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["10", "9"]
+    assert_same(restore(tmp_path, make_state(), step=9)[0], make_state(9))
+
+
+def test_saved_values_outlive_donation(tmp_path):
+    bump = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
+    params, data = {"w": jnp.zeros(1 << 20)}, {"next_index": 0}
+    with saver(tmp_path, 9) as save:
+        for step in range(3):
+            save(step, State(jnp.int32(step), params, (), jax.random.key(0)), data)
+            data["next_index"] += 1
+            for _ in range(5):
+                params = bump(params)
+    for step in range(3):
+        state, data = restore(tmp_path, State(jnp.int32(0), params, (), jax.random.key(0)), step)
+        assert data == {"next_index": step}
+        assert jnp.all(state.params["w"] == 5 * step)
+
+
+def test_numpy_leaves(tmp_path):
+    state = State(jnp.int32(4), {"w": jnp.ones((3, 4))}, (), jax.random.key(0))
+    mine = state._replace(step=np.int32(4), params={"w": np.ones((3, 4), np.float32)})
+    with saver(tmp_path, 1) as save:
+        save(4, mine, {})
+        mine.params["w"][:] = 9
+    assert_same(restore(tmp_path, state)[0], state)
+
+
+def test_params_alone(tmp_path):
+    put(tmp_path, 1, 2)
+    for path in (tmp_path / "checkpoints" / "2" / "state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")  # the optimiser's state is not read
+    abstract = jax.eval_shape(make_state).params
+    assert_same(restore_params(tmp_path, abstract), make_state(2).params)
+    assert_same(restore_params(tmp_path, abstract, step=1), make_state(1).params)
+
+
+def test_onto_eight_devices(tmp_path):
+    mesh = jax.make_mesh((8,), ("data",))
+
+    def onto(x: Any) -> jax.ShapeDtypeStruct:
+        spec = PartitionSpec("data") if x.shape[:1] == (8,) else PartitionSpec()
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    abstract = jax.tree.map(onto, make_state())
+    state, data = restore(put(tmp_path, 3), abstract)
+    assert_same(state, make_state(3))
+    jax.tree.map(lambda x, a: pytest.fail(f"{x.sharding}") if x.sharding != a.sharding else None, state, abstract)
+    with saver(tmp_path, 1) as save:
+        save(5, state, data)
+    assert_same(restore(tmp_path, jax.eval_shape(make_state))[0], state)  # and from eight onto one
+
+
+WRITER = """
+import itertools
+from test_checkpoint import make_state
+from tx_jax.checkpoint import latest_step, saver
+with saver({run_dir!r}, 2) as save:
+    for step in itertools.count(1 + (latest_step({run_dir!r}) or 0)):
+        save(step, make_state(step), {{"next_index": step}})
+        print(step, flush=True)
+"""
+
+
+def test_survives_kills(tmp_path):
+    tests = pathlib.Path(__file__).parent
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}"}
+    command = [sys.executable, "-c", WRITER.format(run_dir=str(tmp_path))]
+    done = 0
+    for wait in (0.0, 0.07, 0.19):  # seconds: within a write, a rename, a removal
+        writer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        assert writer.stdout is not None
+        while int(writer.stdout.readline()) < done + 3:
+            pass
+        time.sleep(wait)
+        writer.send_signal(signal.SIGKILL)
+        writer.communicate()
+        newest = latest_step(tmp_path)
+        assert newest is not None
+        assert newest >= done + 2  # one save may be under way, no more
+        done = newest
+        for step in (newest, newest - 1):
+            state, data = restore(tmp_path, make_state(), step)
+            assert_same(state, make_state(step))
+            assert data == {"next_index": step}
+    put(tmp_path, done + 1, keep=1)
+    assert os.listdir(tmp_path / "checkpoints") == [f"{done + 1}"]
+
+
+def with_params(state: State, **params: Any) -> State:
+    return state._replace(params=state.params | params)
+
+
+def without(state: State, name: str) -> State:
+    return state._replace(params={key: value for key, value in state.params.items() if key != name})
+
+
+@pytest.mark.parametrize(
+    ("change", "leaf", "there", "here"),
+    [
+        (lambda s: with_params(s, w=s.params["w"].astype(jnp.bfloat16)), "params/w", "float32[8, 3]", "bfloat16[8, 3]"),
+        (lambda s: with_params(s, w=s.params["w"].T), "params/w", "float32[8, 3]", "float32[3, 8]"),
+        (lambda s: with_params(s, z=s.step), "params/z", "absent", "int32[]"),
+        (lambda s: without(s, "w"), "params/w", "float32[8, 3]", "absent"),
+        (lambda s: make_state(0, optax.sgd(0.1, momentum=0.9)), "state/opt_state/0/count", "int32[]", "absent"),
+        (lambda s: s._replace(key=jax.random.PRNGKey(0)), "state/key", "key<fry>[]", "uint32[2]"),
+        (lambda s: s._replace(key=jax.random.key(0, impl="rbg")), "state/key", "uint32[2]", "uint32[4]"),
+    ],
+)
+def test_refuses_another_tree(tmp_path, change, leaf, there, here):
+    path = put(tmp_path, 1) / "checkpoints" / "1"
+    with refuses(f"{leaf} is {there} in {path}, but {here} here; use the configuration it was saved with"):
+        restore(tmp_path, change(make_state()))
+
+
+def test_refuses_params_of_another_model(tmp_path):
+    with refuses("params/w is float32[8, 3]"):
+        restore_params(put(tmp_path, 1), {"w": jnp.zeros(3), "b": {"c": make_state().params["b"]["c"]}})
+
+
+def test_refuses_steps(tmp_path):
+    with refuses(f"run_dir='{tmp_path}' holds no checkpoint; train with --run-dir {tmp_path} first"):
+        restore(tmp_path, make_state())
+    put(tmp_path, 5, 10)
+    with refuses(f"step=7 is not in run_dir='{tmp_path}'; it has 5, 10"):
+        restore_params(tmp_path, make_state().params, step=7)
+    text = f"step=10 is not after step 10 in run_dir='{tmp_path}'; restore it, or use another --run-dir"
+    with saver(tmp_path, 2) as save, refuses(text):
+        save(10, make_state(10), {})
+    assert latest_step(tmp_path) == 10
+
+
+@pytest.mark.parametrize("victim", ["_CHECKPOINT_METADATA", "params/_METADATA", "params/manifest.ocdbt", "params/d/*"])
+@pytest.mark.parametrize("damage", [pathlib.Path.unlink, functools.partial(os.truncate, length=9)], ids=["lost", "cut"])
+def test_refuses_damage(tmp_path, caplog, victim, damage):
+    # One leaf: of several reads at once, those that fail after the first call an event loop that Orbax has closed.
+    params = {"w": jnp.ones(5)}
+    with saver(tmp_path, 1) as save:
+        save(1, make_state()._replace(params=params), {})
+    path = tmp_path / "checkpoints" / "1"
+    for file in path.glob(victim):
+        damage(file)
+    with refuses(f"{path} cannot be read: ") as refusal:
+        restore_params(tmp_path, params)
+    assert str(refusal.value).endswith("; remove it to go back to an earlier step")
+    assert not caplog.records  # nothing on the terminal but the refusal
+
+
+def changed(**fields: Any) -> RunConfig:
+    """A RunConfig with changes given as section__field=value."""
+    cfg = RunConfig()
+    for name, value in fields.items():
+        section, field = name.split("__")
+        cfg = dataclasses.replace(cfg, **{section: dataclasses.replace(getattr(cfg, section), **{field: value})})
+    return cfg
+
+
+def test_config_goes_to_disk_and_back(tmp_path):
+    cfg = changed(data__seq_len=32, train__sample_prompt="é\n")
+    write_config(tmp_path / "new" / "run", cfg)
+    assert read_config(tmp_path / "new" / "run") == cfg
+    assert os.listdir(tmp_path / "new" / "run") == ["config.json"]
+
+
+def test_the_same_run_goes_on(tmp_path):
+    claim_run_dir(tmp_path / "run", RunConfig())
+    free = dict.fromkeys(("log_every", "eval_every", "sample_every", "save_every", "keep", "sample_tokens"), 7)
+    cfg = changed(**{f"train__{name}": value for name, value in free.items()}, train__sample_prompt="x")
+    cfg = dataclasses.replace(cfg, run_dir="elsewhere", mesh=MeshConfig(data=2, fsdp=4))
+    claim_run_dir(tmp_path / "run", cfg)
+    assert read_config(tmp_path / "run") == cfg
+
+
+def test_a_kill_before_the_first_config_is_no_obstacle(tmp_path):
+    (tmp_path / "config.json.tmp").write_text("{")
+    claim_run_dir(tmp_path, RunConfig())
+    assert read_config(tmp_path) == RunConfig()
+
+
+def test_refuses_another_run(tmp_path):
+    claim_run_dir(tmp_path, RunConfig())
+    text = "holds a run with model.rotary.base=10000.0, not 5.0; use another --run-dir, or its values"
+    with refuses(f"run_dir='{tmp_path}' {text}"):
+        claim_run_dir(tmp_path, changed(model__rotary=dataclasses.replace(RunConfig().model.rotary, base=5.0)))
+    with refuses("a run with model.window=None, not 4, train.n_steps=2000, not 3000; use"):
+        claim_run_dir(tmp_path, changed(model__window=4, train__n_steps=3000))
+    with refuses("data.path=None, not 'x', model.n_layers=6, not 1, optim.eps=1e-08, not 0.1, and 2 more; use"):
+        more = {"train__seed": 1, "train__n_steps": 3000}
+        claim_run_dir(tmp_path, changed(model__n_layers=1, data__path="x", optim__eps=0.1, **more))
+    assert read_config(tmp_path) == RunConfig()
+
+
+def test_refuses_what_is_no_run(tmp_path):
+    for path in (tmp_path, tmp_path / "none"):
+        with refuses(f"run_dir='{path}' holds no config.json; name the --run-dir of a training run"):
+            read_config(path)
+    file = tmp_path / "notes.txt"
+    file.write_text("mine")
+    with refuses(f"run_dir='{tmp_path}' holds files but no config.json; use another --run-dir"):
+        claim_run_dir(tmp_path, RunConfig())
+    with refuses(f"run_dir='{file}' is a file; use another --run-dir"):
+        claim_run_dir(file, RunConfig())
+    assert os.listdir(tmp_path) == ["notes.txt"]
+
+
+@pytest.mark.parametrize("text", [b"{", b"\xff", b"[]", b'{"model": {"n_heds": 3}}', b'{"model": {"n_layers": 0}}'])
+def test_refuses_a_broken_config(tmp_path, text):
+    (tmp_path / "config.json").write_bytes(text)
+    for read in (read_config, functools.partial(claim_run_dir, cfg=RunConfig())):
+        with refuses(f"{tmp_path / 'config.json'} cannot be read: ") as refusal:
+            read(tmp_path)
+        assert str(refusal.value).endswith("; mend the file, or use another --run-dir")

@@ -1,0 +1,230 @@
+"""What a run leaves on disk: `config.json`, and `checkpoints/<step>/` with the state and the data position.
+
+A checkpoint is written under a temporary name and renamed when it is whole, so a kill at any moment leaves the last one
+in place. Parameters are stored apart from the rest, so that sampling never reads the optimiser's state.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+from jaxtyping import Array, PyTree
+from orbax.checkpoint import v1 as ocp
+
+from tx_jax.config import RunConfig, from_json, to_json
+from tx_jax.errors import InputError, require
+
+RunDir = str | os.PathLike[str]
+UNFINISHED = ".orbax-checkpoint-tmp"  # Orbax's suffix of what is not whole (orbax TMP_DIR_SUFFIX)
+UNFINISHED_CONFIG = "config.json.tmp"
+EARLIER = "remove it to go back to an earlier step"
+# Fields that may change when a run goes on: they do not enter the mathematics of a step.
+WRITING = ("log_every", "eval_every", "sample_every", "save_every", "keep", "sample_prompt", "sample_tokens")
+FREE = ("run_dir", "mesh.", *(f"train.{name}" for name in WRITING))
+
+
+def write_config(run_dir: RunDir, cfg: RunConfig) -> None:
+    """Write `run_dir/config.json`, whole or not at all, making the directory if need be."""
+    path = pathlib.Path(run_dir)
+    path.mkdir(parents=True, exist_ok=True)
+    (path / UNFINISHED_CONFIG).write_text(to_json(cfg), encoding="utf-8")
+    os.replace(path / UNFINISHED_CONFIG, path / "config.json")
+
+
+def read_config(run_dir: RunDir) -> RunConfig:
+    """The configuration of the run in `run_dir`.
+
+    Raises:
+        InputError: there is no config.json, or one that is not a RunConfig.
+    """
+    path = pathlib.Path(run_dir) / "config.json"
+    require(path.is_file(), f"run_dir='{run_dir}' holds no config.json; name the --run-dir of a training run")
+    try:
+        return from_json(RunConfig, path.read_text(encoding="utf-8"))
+    except (InputError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {error}; mend the file, or use another --run-dir") from error
+
+
+def claim_run_dir(run_dir: RunDir, cfg: RunConfig) -> None:
+    """Make `run_dir` the home of the run `cfg`: a new directory, or one in which the same run goes on.
+
+    Where and how often things are written (FREE) may differ from the run before; config.json then holds the new values.
+
+    Raises:
+        InputError: run_dir is a file, holds other things, or a run that differs in a field that is not FREE.
+    """
+    path = pathlib.Path(run_dir)
+    another = "use another --run-dir"
+    require(path.is_dir() or not path.exists(), f"run_dir='{run_dir}' is a file; {another}")
+    if path.is_dir() and any(entry.name != UNFINISHED_CONFIG for entry in path.iterdir()):
+        require((path / "config.json").exists(), f"run_dir='{run_dir}' holds files but no config.json; {another}")
+        old, new = (_leaves(dataclasses.asdict(config), ".") for config in (read_config(run_dir), cfg))
+        names = [name for name in new if not name.startswith(FREE) and old[name] != new[name]]
+        says = ", ".join(f"{name}={old[name]!r}, not {new[name]!r}" for name in names[:3])
+        more = f", and {len(names) - 3} more" if len(names) > 3 else ""
+        require(not names, f"run_dir='{run_dir}' holds a run with {says}{more}; {another}, or its values")
+    write_config(run_dir, cfg)
+
+
+@contextlib.contextmanager
+def saver(run_dir: RunDir, keep: int) -> Iterator[Callable[[int, Any, dict[str, Any]], None]]:
+    """A function `save(step, state, data)`, to be used inside the `with`, that keeps the `keep` newest checkpoints.
+
+    `state` is a NamedTuple of arrays with a field `params`; `data` is what JSON can hold, a Grain iterator's
+    `get_state()`. `save` copies both and returns; writing goes on behind the next steps, which may donate the state's
+    buffers. It is on disk when the next `save` returns, or at the end of the `with`, where errors of writing appear.
+
+    >>> import collections, tempfile
+    >>> state = collections.namedtuple("State", "step params")(jnp.int32(7), {"w": jnp.ones(3)})
+    >>> with tempfile.TemporaryDirectory() as run_dir:
+    ...     with saver(run_dir, keep=2) as save:
+    ...         save(7, state, {"next_index": 21})
+    ...     restore(run_dir, state)[1]
+    {'next_index': 21}
+
+    Raises:
+        InputError: `save` is given a step that is not after the newest checkpoint.
+    """
+    pending: ocp.AsyncResponse[None] | None = None
+
+    def finish() -> None:
+        nonlocal pending
+        if pending is not None:
+            pending.result()
+            pending = None
+        _prune(run_dir, keep)
+
+    def save(step: int, state: Any, data: dict[str, Any]) -> None:
+        nonlocal pending
+        finish()
+        newest = latest_step(run_dir)
+        require(newest is None or step > newest,
+                f"step={step} is not after step {newest} in run_dir='{run_dir}'; restore it, or use another --run-dir")
+        # Orbax hangs at a NumPy scalar, and might read a NumPy array after its owner has changed it.
+        state = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jnp.array(x), state)
+        parts = {"params": state.params, "state": state._replace(params=())}
+        copied = json.loads(json.dumps(data))  # `data` may be the iterator's own dict, which the next batch changes
+        path = str(_home(run_dir) / str(step))
+        pending = ocp.save_checkpointables_async(path, parts, custom_metadata={"data": copied})
+
+    try:
+        yield save
+    finally:
+        finish()
+
+
+def latest_step(run_dir: RunDir) -> int | None:
+    """The newest step that `restore` can load; None if there is none."""
+    return max(_steps(run_dir), default=None)
+
+
+def restore(run_dir: RunDir, abstract_state: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
+    """The state and the data position saved at `step` (None: the newest).
+
+    `abstract_state` says what to expect and where to put it: arrays, or `jax.ShapeDtypeStruct`s with the sharding that
+    each leaf is to have (no sharding: the first device), whatever the devices it was saved from.
+
+    Raises:
+        InputError: there is no such checkpoint, it cannot be read, or a leaf differs in name, shape or dtype.
+    """
+    parts = {"params": abstract_state.params, "state": abstract_state._replace(params=())}
+    found, data = _load(_step_dir(run_dir, step), parts)
+    return found["state"]._replace(params=found["params"]), data
+
+
+def restore_params(run_dir: RunDir, abstract_params: PyTree, step: int | None = None) -> PyTree[Array]:
+    """The parameters alone, saved at `step` (None: the newest); the optimiser's state is not read.
+
+    Raises:
+        InputError: as `restore`.
+    """
+    return _load(_step_dir(run_dir, step), {"params": abstract_params})[0]["params"]
+
+
+def _load(path: pathlib.Path, parts: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    with _one_line(path):
+        about = ocp.checkpointables_metadata(str(path))
+    saved = {name: about.metadata.get(name) for name in parts}
+    extra: Any = about.custom_metadata or {}
+    whole = None not in saved.values() and "data" in extra
+    require(whole, f"{path} cannot be read: its metadata is damaged; {EARLIER}")
+    _check_leaves(path, saved, jax.tree.map(_stored, parts))
+    with _one_line(path):
+        found = ocp.load_checkpointables(str(path), jax.tree.map(_target, parts))
+    _check_leaves(path, found, parts)  # Orbax gives back the kind of key in the file, whatever kind is asked for
+    return found, extra["data"]
+
+
+def _check_leaves(path: pathlib.Path, saved: PyTree, wanted: PyTree) -> None:
+    """Refuse what Orbax would cast without a word, and name what it would refuse in a page."""
+    trees = [{name: f"{x.dtype}{list(x.shape)}" for name, x in _leaves(tree).items()} for tree in (saved, wanted)]
+    for name in sorted(trees[0].keys() | trees[1].keys()):
+        there, here = (tree.get(name, "absent") for tree in trees)
+        require(there == here, f"{name} is {there} in {path}, but {here} here; use the configuration it was saved with")
+
+
+@contextlib.contextmanager
+def _one_line(path: pathlib.Path) -> Iterator[None]:
+    """Orbax reports a damaged file by pages of log and one of several errors: quieten the log, make the error ours."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    except (KeyError, ValueError, OSError) as error:
+        raise InputError(f"{path} cannot be read: {type(error).__name__}; {EARLIER}") from error
+    finally:
+        logger.setLevel(level)
+
+
+def _home(run_dir: RunDir) -> pathlib.Path:
+    return pathlib.Path(run_dir).absolute() / "checkpoints"  # Orbax refuses relative paths
+
+
+def _steps(run_dir: RunDir) -> list[int]:
+    return sorted(int(path.name) for path in _home(run_dir).glob("*") if path.name.isdigit())
+
+
+def _step_dir(run_dir: RunDir, step: int | None) -> pathlib.Path:
+    steps = _steps(run_dir)
+    require(steps, f"run_dir='{run_dir}' holds no checkpoint; train with --run-dir {run_dir} first")
+    step = steps[-1] if step is None else step
+    require(step in steps, f"step={step} is not in run_dir='{run_dir}'; it has {', '.join(map(str, steps))}")
+    return _home(run_dir) / str(step)
+
+
+def _prune(run_dir: RunDir, keep: int) -> None:
+    """Remove all but the newest steps, and what a kill left unfinished."""
+    if jax.process_index() != 0:
+        return
+    for step in _steps(run_dir)[:-keep]:
+        path = _home(run_dir) / str(step)
+        path.rename(f"{path}{UNFINISHED}")  # a kill during the removal must not leave half a step under its name
+    for path in _home(run_dir).glob(f"*{UNFINISHED}"):
+        shutil.rmtree(path)
+
+
+def _leaves(tree: PyTree, separator: str = "/") -> dict[str, Any]:
+    """Leaves by path; None is a leaf of a config and no leaf of a state."""
+    is_leaf = None if separator == "/" else lambda x: x is None
+    paths = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
+    return {jax.tree_util.keystr(path, simple=True, separator=separator): leaf for path, leaf in paths}
+
+
+def _target(x: Any) -> jax.ShapeDtypeStruct:
+    # Without a sharding Orbax would warn, and use that of the devices it was saved from.
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or SingleDeviceSharding(jax.local_devices()[0]))
+
+
+def _stored(x: Any) -> Any:
+    """What the metadata says of a leaf: a typed key is written as its uint32 data."""
+    return jax.eval_shape(jax.random.key_data, x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x

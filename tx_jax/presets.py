@@ -1,0 +1,209 @@
+"""Published models as values, and training runs that are known to work. A family is a preset, not a class.
+
+Parameter counts are those that the publishers' own checkpoints have; a test holds each by `jax.eval_shape`.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+from tx_jax.config import (
+    DataConfig, ModelConfig, OptimConfig, RotaryConfig, RunConfig, TrainConfig,
+)  # fmt: skip
+
+
+def _vaswani(d_model: int, n_heads: int, d_mlp: int, dropout_rate: float) -> ModelConfig:
+    """Vaswani et al. 2017, Table 3; 37,000 shared tokens as in §5.1, biases as in tensor2tensor: norms and feed-forward."""
+    return ModelConfig(
+        stack="encoder_decoder", vocab_size=37_000, max_len=1024,
+        d_model=d_model, n_layers=6, n_heads=n_heads, d_mlp=d_mlp,
+        scale_embeddings=True, positions="sinusoidal",
+        biases="mlp", mlp="relu", norm="layernorm", norm_order="post", norm_eps=1e-6,
+        dropout_rate=dropout_rate, init="xavier",
+    )  # fmt: skip
+
+
+def vaswani_base() -> ModelConfig:
+    """Vaswani et al. 2017, base: 63,045,632 parameters. Table 3 prints 65 · 10⁶."""
+    return _vaswani(512, 8, 2048, 0.1)
+
+
+def vaswani_big() -> ModelConfig:
+    """Vaswani et al. 2017, big: 214,171,648 parameters. Table 3 prints 213 · 10⁶."""
+    return _vaswani(1024, 16, 4096, 0.3)
+
+
+def _gpt2(d_model: int, n_layers: int, n_heads: int) -> ModelConfig:
+    """Radford et al. 2019, §2.3; counts of the released checkpoints `openai-community/gpt2…`."""
+    return ModelConfig(
+        vocab_size=50_257, max_len=1024, d_model=d_model, n_layers=n_layers, n_heads=n_heads,
+        positions="learned", biases="all", mlp="gelu_tanh", norm="layernorm", norm_order="pre", norm_eps=1e-5,
+        dropout_rate=0.1, attention_dropout_rate=0.1,
+    )  # fmt: skip
+
+
+def gpt2_small() -> ModelConfig:
+    """GPT-2: 124,439,808 parameters."""
+    return _gpt2(768, 12, 12)
+
+
+def gpt2_medium() -> ModelConfig:
+    """GPT-2 medium: 354,823,168 parameters."""
+    return _gpt2(1024, 24, 16)
+
+
+def gpt2_large() -> ModelConfig:
+    """GPT-2 large: 774,030,080 parameters."""
+    return _gpt2(1280, 36, 20)
+
+
+def gpt2_xl() -> ModelConfig:
+    """GPT-2 XL: 1,557,611,200 parameters."""
+    return _gpt2(1600, 48, 25)
+
+
+def _llama(
+    vocab_size: int,
+    max_len: int,
+    d_model: int,
+    n_layers: int,
+    n_heads: int,
+    d_mlp: int,
+    *,
+    n_kv_heads: int | None = None,
+    rotary: RotaryConfig = RotaryConfig(),
+    tie_head: bool = False,
+) -> ModelConfig:
+    """Touvron et al. 2023: RMSNorm, rotary, SwiGLU, no biases."""
+    return ModelConfig(
+        vocab_size=vocab_size, max_len=max_len, d_model=d_model, n_layers=n_layers,
+        n_heads=n_heads, n_kv_heads=n_kv_heads, d_mlp=d_mlp, tie_head=tie_head,
+        positions="rotary", rotary=rotary, mlp="swiglu", norm="rmsnorm", norm_order="pre", norm_eps=1e-5,
+    )  # fmt: skip
+
+
+def llama2_7b() -> ModelConfig:
+    """LLaMA 2 7B (Touvron et al. 2023b): 6,738,415,616 parameters."""
+    return _llama(32_000, 4096, 4096, 32, 32, 11_008)
+
+
+def llama2_13b() -> ModelConfig:
+    """LLaMA 2 13B: 13,015,864,320 parameters."""
+    return _llama(32_000, 4096, 5120, 40, 40, 13_824)
+
+
+def llama2_70b() -> ModelConfig:
+    """LLaMA 2 70B: 68,976,648,192 parameters."""
+    return _llama(32_000, 4096, 8192, 80, 64, 28_672, n_kv_heads=8)
+
+
+def llama3_8b() -> ModelConfig:
+    """Llama 3 8B (Grattafiori et al. 2024, Table 3): 8,030,261,248 parameters."""
+    return _llama(128_256, 8192, 4096, 32, 32, 14_336, n_kv_heads=8, rotary=RotaryConfig(base=500_000.0))
+
+
+def llama3_70b() -> ModelConfig:
+    """Llama 3 70B: 70,553,706,496 parameters."""
+    return _llama(128_256, 8192, 8192, 80, 64, 28_672, n_kv_heads=8, rotary=RotaryConfig(base=500_000.0))
+
+
+def llama3_2_1b() -> ModelConfig:
+    """Llama 3.2 1B: 1,235,814,400 parameters; its frequencies are stretched 32 times from 8,192 tokens."""
+    rotary = RotaryConfig(base=500_000.0, scaling="llama3", factor=32.0, original_len=8192)
+    return _llama(128_256, 131_072, 2048, 16, 32, 8192, n_kv_heads=8, rotary=rotary, tie_head=True)
+
+
+def smollm2_135m() -> ModelConfig:
+    """SmolLM2-135M (Ben Allal et al. 2025): 134,515,008 parameters."""
+    return _llama(49_152, 8192, 576, 30, 9, 1536, n_kv_heads=3, rotary=RotaryConfig(base=100_000.0), tie_head=True)
+
+
+def _t5(d_model: int, n_layers: int, n_heads: int, d_mlp: int) -> ModelConfig:
+    """Raffel et al. 2020, v1.0: counts of the released checkpoints `google-t5/t5-…`."""
+    return ModelConfig(
+        stack="encoder_decoder", vocab_size=32_128, max_len=512,
+        d_model=d_model, n_layers=n_layers, n_heads=n_heads, d_head=64, d_mlp=d_mlp,
+        scale_head=True, positions="t5", scale_attention=False,
+        mlp="relu", norm="rmsnorm", norm_order="pre", norm_eps=1e-6,
+        dropout_rate=0.1, attention_dropout_rate=0.1,
+    )  # fmt: skip
+
+
+def t5_small() -> ModelConfig:
+    """T5 small: 60,506,624 parameters."""
+    return _t5(512, 6, 8, 2048)
+
+
+def t5_base() -> ModelConfig:
+    """T5 base: 222,903,552 parameters."""
+    return _t5(768, 12, 12, 3072)
+
+
+def bert_base() -> ModelConfig:
+    """BERT base uncased with its pooler (Devlin et al. 2019): 109,482,240 parameters."""
+    return ModelConfig(
+        stack="encoder", vocab_size=30_522, max_len=512, d_model=768, n_layers=12, n_heads=12,
+        norm_embeddings=True, n_token_types=2, pooler=True, positions="learned",
+        biases="all", mlp="gelu", norm="layernorm", norm_order="post", norm_eps=1e-12,
+        dropout_rate=0.1, attention_dropout_rate=0.1,
+    )  # fmt: skip
+
+
+MODELS: dict[str, Callable[[], ModelConfig]] = {
+    preset.__name__.replace("_", "-"): preset
+    for preset in (
+        vaswani_base, vaswani_big, gpt2_small, gpt2_medium, gpt2_large, gpt2_xl,
+        llama2_7b, llama2_13b, llama2_70b, llama3_8b, llama3_70b, llama3_2_1b, smollm2_135m,
+        t5_small, t5_base, bert_base,
+    )
+}  # fmt: skip
+
+
+def _shakespeare(d_model: int, n_layers: int, n_heads: int, seq_len: int, **model: object) -> ModelConfig:
+    return dataclasses.replace(
+        ModelConfig(d_model=d_model, n_layers=n_layers, n_heads=n_heads, max_len=seq_len, mlp="gelu", norm="layernorm"),
+        **model,
+    )  # fmt: skip
+
+
+def nanogpt_shakespeare(backend: str) -> RunConfig:
+    """nanoGPT's README for a CPU: 4 layers, d 128, context 64, 2,000 steps; it reports a validation loss of 1.88."""
+    return RunConfig(
+        run_dir="runs/nanogpt-shakespeare",
+        model=_shakespeare(128, 4, 4, 64, positions="learned"),
+        data=DataConfig(seq_len=64, batch_size=12),
+        optim=OptimConfig(peak_lr=1e-3, end_lr=1e-4, warmup_steps=100, beta2=0.99),
+        train=TrainConfig(n_steps=2000),
+    )
+
+
+def nanogpt_shakespeare_10m(backend: str) -> RunConfig:
+    """nanoGPT's config/train_shakespeare_char.py, for an accelerator: it reports a validation loss of 1.4697."""
+    model = _shakespeare(
+        384, 6, 6, 256, positions="learned", dropout_rate=0.2, attention_dropout_rate=0.2, dtype=_fast_dtype(backend)
+    )  # fmt: skip
+    return RunConfig(
+        run_dir="runs/nanogpt-shakespeare-10m",
+        model=model,
+        data=DataConfig(seq_len=256, batch_size=64),
+        optim=OptimConfig(peak_lr=1e-3, end_lr=1e-4, warmup_steps=100, beta2=0.99),
+        train=TrainConfig(n_steps=5000),
+    )
+
+
+def gpt_shakespeare(backend: str) -> RunConfig:
+    """The demo: nanoGPT's size for the machine (small on CPU, 10M on an accelerator), with rotary positions and a window.
+
+    The window is the context that it trains on, so that it writes on and on with a ring cache of that size.
+    """
+    run = nanogpt_shakespeare(backend) if backend == "cpu" else nanogpt_shakespeare_10m(backend)
+    model = dataclasses.replace(run.model, positions="rotary", window=run.data.seq_len, max_len=8192)
+    return dataclasses.replace(run, run_dir="runs/gpt-shakespeare", model=model)
+
+
+def _fast_dtype(backend: str) -> str:
+    return "float32" if backend == "cpu" else "bfloat16"  # bfloat16 trains at 0.4 of float32's speed on this CPU
+
+
+RUNS: dict[str, Callable[[str], RunConfig]] = {  # by the backend that they will run on
+    preset.__name__.replace("_", "-"): preset for preset in (gpt_shakespeare, nanogpt_shakespeare, nanogpt_shakespeare_10m)
+}

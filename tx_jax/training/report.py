@@ -1,0 +1,105 @@
+"""What a run says as it goes: lines and a progress bar for a person, metrics.jsonl and samples.txt for later."""
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from tx_jax.config import RunConfig
+from tx_jax.models import count_params
+from tx_jax.training.step import Metrics
+
+
+class Report:
+    """Speaks for one run. Speeds leave out compiling, evaluating, sampling and saving."""
+
+    def __init__(self, cfg: RunConfig, step: int):
+        self.cfg, self.first = cfg, step + 1
+        self.run_dir = Path(cfg.run_dir)
+        self.tokens_a_step = cfg.data.batch_size * cfg.data.seq_len
+        self.console = Console(highlight=False, soft_wrap=True)
+        columns = ("step", MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), "ETA", TimeRemainingColumn())
+        self.bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
+        self.task = self.bar.add_task("compiling …", total=cfg.train.n_steps, completed=step)
+        self.metrics = _cut(self.run_dir / "metrics.jsonl", step).open("a", encoding="utf-8")
+        self.since, self.done = time.perf_counter(), step  # of the speed being measured
+
+    def __enter__(self) -> "Report":
+        cfg, n = self.cfg, count_params(self.cfg.model)
+        devices = f"{jax.device_count()} × {jax.devices()[0].device_kind}"
+        self.line(f"{n:,} parameters, {self.tokens_a_step:,} tokens a step, on {devices}, in {self.run_dir}/")
+        if self.first > 1:
+            self.line(f"continuing after step {self.first - 1} of {cfg.train.n_steps}")
+        self.bar.start()
+        self.since = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+        self.metrics.close()
+
+    def line(self, text: str) -> None:
+        """One line for a person."""
+        self.console.print(text, markup=False)
+
+    def training(self, step: int, metrics: Metrics, lr: float) -> None:
+        """The last training step, and the speed since the last report."""
+        loss, norm = float(metrics.loss), float(metrics.grad_norm)  # waits for the device
+        seconds = time.perf_counter() - self.since
+        if step == self.first:
+            self.line(f"first step, with its compilation: {seconds:.1f} s")
+        speed = self.tokens_a_step * (step - self.done) / seconds
+        self.since, self.done = time.perf_counter(), step
+        record = {"loss": loss, "lr": lr, "grad_norm": norm}
+        self.write(step, record if step == self.first else record | {"tokens_per_second": speed})
+        text = f"loss {loss:.4f}  lr {lr:.2e}  grad {norm:.2f}  {speed:,.0f} tokens/s"
+        self.bar.update(self.task, completed=step, description=text)
+        if not self.console.is_terminal:
+            left = self.tokens_a_step * (self.cfg.train.n_steps - step) / speed
+            self.line(f"step {step:>5}/{self.cfg.train.n_steps}  {text}" + ("" if step == self.first else f"  ETA {_clock(left)}"))
+
+    def validation(self, step: int, loss: float) -> None:
+        """The loss over the whole validation split."""
+        self.write(step, {"valid_loss": loss})
+        self.line(f"step {step:>5}  validation loss {loss:.4f} nats/token")
+
+    def sample(self, step: int, text: str) -> None:
+        """A text that the model wrote."""
+        with (self.run_dir / "samples.txt").open("a", encoding="utf-8") as file:
+            file.write(f"=== step {step}\n{text}\n\n")
+        self.line(f"step {step:>5}  sample\n" + "\n".join(f"    {row}" for row in text.strip().splitlines()))
+
+    def end(self, step: int, *, stopped: bool) -> None:
+        """Where the run stands, and what to do next."""
+        again = "stopped and saved; the same command goes on from here" if stopped else "done"
+        self.line(f"step {step:>5}  {again}: python sample.py {self.run_dir}")
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """One record of metrics.jsonl."""
+        self.metrics.write(json.dumps({"step": step} | values) + "\n")
+        self.metrics.flush()
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Time spent inside does not count as training."""
+        start = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - start
+
+
+def _cut(path: Path, step: int) -> Path:
+    """metrics.jsonl without records after `step`: those steps will be taken again."""
+    if path.exists():
+        rows = [row for row in path.read_text(encoding="utf-8").splitlines() if row.endswith("}")]
+        path.write_text("".join(row + "\n" for row in rows if json.loads(row)["step"] <= step), encoding="utf-8")
+    return path
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
