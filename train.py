@@ -5,7 +5,13 @@ import sys
 from tx_jax.command_line import keep_compiled, one_line_errors, parse_run
 from tx_jax.training.loop import fit
 
+
+@one_line_errors()
+def main(args: list[str]) -> None:
+    """Train what the command line describes."""
+    keep_compiled()
+    fit(parse_run(args))
+
+
 if __name__ == "__main__":
-    with one_line_errors():
-        keep_compiled()
-        fit(parse_run(sys.argv[1:]))
+    main(sys.argv[1:])

@@ -4,9 +4,15 @@ A run config is a preset or a config.json, with flags on top.
 """
 
 import contextlib
+import difflib
+import io
+import itertools
+import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 import tyro
@@ -24,25 +30,64 @@ presets:
 {presets}
 A CONFIG.json is what a run directory holds. All flags, with their values: python train.py PRESET --help
 """
+C = TypeVar("C")
 
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn what a user can mend into one line and exit code 2; anything else keeps its traceback."""
+    """Turn what a user can mend into one line and exit code 2; anything else keeps its traceback.
+
+    Ctrl-C, and a reader who has gone (`| head`), end without a word, with the shell's codes for their signals.
+    """
     try:
         yield
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's last flush would complain
+        sys.exit(141)
     except (InputError, OSError) as error:
-        sys.exit(_fail(error))
-
-
-def _fail(error: Exception) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
+        print("error:", *str(error).splitlines(), file=sys.stderr)
+        sys.exit(2)
 
 
 def keep_compiled() -> None:
     """Keep compiled programs on disk, so that the second start is quick."""
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
+
+
+def parse(kind: type[C], args: list[str], *, prog: str, default: C | None = None) -> C:
+    """The value of the dataclass `kind` that `args` describe, on top of `default`. --help prints, and exits with 0.
+
+    Raises:
+        InputError: a flag is unknown, or lacks a value of its type, or the values break a rule of `kind`.
+    """
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            if default is None:
+                return tyro.cli(kind, args=args, prog=prog)
+            return tyro.cli(kind, args=args, prog=prog, default=default)
+    except SystemExit as end:
+        if not end.code:
+            raise
+        raise InputError(_broken_rule(end) or _unboxed(said.getvalue(), prog)) from None
+
+
+def _broken_rule(error: BaseException | None) -> str | None:
+    """The InputError that tyro caught and wrapped before it gave up, in its own words."""
+    while error is not None and not isinstance(error, InputError):
+        error = error.__context__
+    return None if error is None else str(error)
+
+
+def _unboxed(said: str, prog: str) -> str:
+    """What tyro says in its box, up to the first blank line or rule, and the first flag that it suggests."""
+    said = re.sub(r"\x1b\[[\d;]*m", "", said)  # colours, where standard output is a terminal
+    rows = [row.strip("│").strip() for row in said.splitlines()[1:-1]]
+    words = " ".join(itertools.takewhile(lambda row: row.strip("─"), rows)).rstrip(".")
+    suggested = re.search(r"^│ {5}(--\S+)", said, re.MULTILINE) if "Unrecognized" in words else None
+    return f"{words}; did you mean {suggested[1]}?" if suggested else f"{words}; see {prog} --help"
 
 
 def parse_run(args: list[str]) -> RunConfig:
@@ -51,16 +96,22 @@ def parse_run(args: list[str]) -> RunConfig:
     Raises:
         InputError: there is no such preset or file, or the flags break a rule.
     """
-    if not args or args[0] in ("-h", "--help"):
+    require(args, f"no preset is given; use one of {', '.join(RUNS)}, or a CONFIG.json; see train.py --help")
+    name, *flags = args
+    if name in ("-h", "--help"):
         rows = (f"  {name:<26}{(make.__doc__ or '').splitlines()[0]}\n" for name, make in RUNS.items())
         print(USAGE.format(presets="".join(rows)))
-        sys.exit(0 if args else 2)
-    name, *flags = args
-    require(name in RUNS or name.endswith(".json"), f"preset={name!r} is not one of {', '.join(RUNS)}; or give a CONFIG.json")
+        sys.exit(0)
     default = RUNS[name](jax.default_backend()) if name in RUNS else _read(Path(name))
-    return tyro.cli(RunConfig, args=flags, default=default, prog=f"train.py {name}", description="")
+    return parse(RunConfig, flags, prog=f"train.py {name}", default=default)
 
 
 def _read(path: Path) -> RunConfig:
+    close = difflib.get_close_matches(str(path), RUNS, 1)
+    hint = f"did you mean {close[0]!r}?" if close else "or give a CONFIG.json"
+    require(path.suffix == ".json", f"preset={str(path)!r} is not one of {', '.join(RUNS)}; {hint}")
     require(path.is_file(), f"config={str(path)!r} does not exist; give a config.json, or one of {', '.join(RUNS)}")
-    return from_json(RunConfig, path.read_text(encoding="utf-8"))
+    try:
+        return from_json(RunConfig, path.read_text(encoding="utf-8"))
+    except (InputError, UnicodeDecodeError) as error:
+        raise InputError(f"config={str(path)!r} cannot be read: {error}; mend it, or give a preset") from error

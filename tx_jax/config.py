@@ -263,6 +263,7 @@ class RunConfig:
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self) -> None:
+        _check(self)
         long, room = self.data.seq_len, self.model.max_len
         require(long <= room, f"data.seq_len={long} exceeds model.max_len={room}; raise model.max_len or shorten it")
         require(self.run_dir != "", "run_dir='' names no directory; use --run-dir runs/NAME")

@@ -17,9 +17,10 @@ def plot_metrics(run_dir: str | Path) -> Path | None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for name, label, style in (("loss", "training", {"alpha": 0.6}), ("valid_loss", "validation", {"marker": "o"})):
+    for name, label, marker in (("loss", "training", ""), ("valid_loss", "validation", "o")):
         points = [(record["step"], record[name]) for record in records if name in record]
-        axes.plot(*zip(*points, strict=True), label=label, **style) if points else None
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, marker=marker)
     axes.set(xlabel="optimiser step", ylabel="loss, nats per token", title=run_dir.name)
     axes.grid(alpha=0.3)
     axes.legend()

@@ -105,6 +105,10 @@ def pmap_step(step: Callable, devices: list | None = None) -> Launcher:
     """`step`, made with axis_name=AXIS, on every device of this host, each with a copy of the state."""
     devices = jax.local_devices() if devices is None else devices
     n = len(devices)
+    mesh = Mesh(np.asarray(devices), (AXIS,))
+
+    def copies(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (n, *leaf.shape)), tree)
 
     def put_batch(batch: Any) -> Any:
         check_batch(batch[0].shape[0], n)
@@ -113,10 +117,11 @@ def pmap_step(step: Callable, devices: list | None = None) -> Launcher:
     def first(tree: Any) -> Any:
         return jax.tree.map(lambda leaf: leaf[0], tree)
 
+    spread = jax.jit(copies, out_shardings=NamedSharding(mesh, P(AXIS)))
     mapped = jax.pmap(step, AXIS, devices=devices, donate_argnums=0)
     return Launcher(
         step=lambda state, batch: (lambda state, metrics: (state, first(metrics)))(*mapped(state, batch)),
-        put_state=lambda state: jax.tree.map(lambda leaf: jnp.stack([leaf] * n), state),
+        put_state=lambda state: spread(jax.device_put(state, NamedSharding(mesh, P()))),
         put_batch=put_batch,
         params=lambda state: first(state.params),
         host_state=first,

@@ -52,7 +52,8 @@ def pad_prompts(prompts: Sequence[Sequence[int]]) -> Prompt:
     width = max(lengths)
     rows = [list(prompt) + [0] * (width - len(prompt)) for prompt in prompts]
     index = np.arange(width)
-    return Prompt(np.array(rows, np.int32), np.where(index < np.array(lengths)[:, None], index, -1).astype(np.int32))
+    positions = np.where(index < np.array(lengths)[:, None], index, -1)
+    return Prompt(jnp.asarray(rows, jnp.int32), jnp.asarray(positions, jnp.int32))
 
 
 def check_tokens(tokens: Array | np.ndarray, vocab_size: int, name: str = "tokens") -> None:

@@ -72,12 +72,16 @@ def _plain(q, k, v, mask, bias, key, scale, soft_cap, rate):
     if bias is not None:
         scores += bias.reshape(-1, K, N // K, T, S)
     seen = mask.materialize(T, S)[:, None, None]
-    scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
-    # The second `where` gives zeros, not a mean over everything, to a row that sees no key.
-    weights = jnp.where(seen, jax.nn.softmax(scores, axis=-1), 0.0)
+    least = jnp.finfo(jnp.float32).min
+    scores = jnp.where(seen, scores, least)
+    # Divided by its sum after the product with v, as in FlashAttention (Dao et al. 2022): no further pass over (T, S).
+    top = jax.lax.stop_gradient(scores.max(axis=-1))
+    weights = jnp.exp(scores - top[..., None])
+    total = jnp.where(top > least, weights.sum(axis=-1), jnp.inf)  # a row that sees no key gives zeros
     if rate > 0:
         weights *= jax.random.bernoulli(key, 1 - rate, weights.shape) / (1 - rate)
     out = jnp.einsum("BKGTS,BSKH->BTKGH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    out /= total.transpose(0, 3, 1, 2)[..., None]
     return out.reshape(B, T, N, H).astype(q.dtype)
 
 

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,12 +18,12 @@ from tx_jax import checkpoint
 from tx_jax.config import ModelConfig, RunConfig
 from tx_jax.data.batches import Batch, split, train_batches, valid_batches
 from tx_jax.data.corpora import load_text
-from tx_jax.data.tokenizers import TOKENIZERS, Tokenizer
-from tx_jax.decoding.generate import check_tokens, generate
+from tx_jax.data.tokenizers import FILE, TOKENIZERS, Tokenizer, load_tokenizer
+from tx_jax.decoding.generate import generate
 from tx_jax.decoding.samplers import Sampler
 from tx_jax.errors import require
 from tx_jax.inspect import plot_metrics
-from tx_jax.models import Model, build
+from tx_jax.models import DecoderLM
 from tx_jax.parallel import AXIS, Launcher, jit_step, make_mesh, pmap_step
 from tx_jax.training.optim import make_optimizer, make_schedule
 from tx_jax.training.report import Report
@@ -45,17 +44,16 @@ def fit(cfg: RunConfig) -> TrainState:
     shape = {"seq_len": cfg.data.seq_len, "batch_size": cfg.data.batch_size}
     batches = iter(train_batches(train_ids, **shape, seed=train.seed))
     held_out = valid_batches(valid_ids, **shape)
-    prompt = tokenizer.encode(train.sample_prompt)[None]
-    check_tokens(prompt, tokenizer.vocab_size, "train.sample_prompt")
+    prompt = read_prompt(cfg, tokenizer)
 
-    model = build(cfg.model)
+    model = DecoderLM(cfg.model)
     optimizer, schedule = make_optimizer(cfg.optim, train.n_steps), make_schedule(cfg.optim, train.n_steps)
     state = jax.eval_shape(lambda key: init_state(model, optimizer, key), jax.random.key(0))
     launch = make_launcher(cfg, model, optimizer, state)
-    check_room = launch.put_batch(held_out[0])  # refuses a batch that the devices cannot share, before anything is written
-    del check_room
+    launch.put_batch(held_out[0])  # refuses a batch that the devices cannot share, before anything is written
     evaluate = jax.jit(make_eval_step(model))
 
+    check_tokenizer(run_dir, tokenizer)
     checkpoint.claim_run_dir(run_dir, cfg)
     tokenizer.save(run_dir / "tokenizer")
     step = checkpoint.latest_step(run_dir) or 0
@@ -67,44 +65,72 @@ def fit(cfg: RunConfig) -> TrainState:
     state = launch.put_state(state)
 
     with Report(cfg, step) as report, checkpoint.saver(run_dir, train.keep) as save, ctrl_c() as stop:
-        while step < train.n_steps and not stop.is_set():
+        last = step == train.n_steps
+        while not last:
             state, metrics = launch.step(state, launch.put_batch(next(batches)))
             step += 1
-            last = step == train.n_steps or stop.is_set()
+            last = step == train.n_steps or stop.is_set()  # asked once a step, so that the last step is always saved
             if due(step, train.log_every) or step == report.first or last:
                 report.training(step, metrics, float(schedule(step - 1)))
-            if due(step, train.eval_every) or step == train.n_steps:
+            if due(step, train.eval_every, train.n_steps):
                 with report.pause():
                     report.validation(step, mean_loss(evaluate, launch, state, held_out))
-                    plot_metrics(run_dir)
-            if due(step, train.sample_every) or step == train.n_steps:
+            if due(step, train.sample_every, train.n_steps):
                 with report.pause():
                     key = jax.random.fold_in(jax.random.key(train.seed), step)
-                    report.sample(step, sample_text(model, launch.params(state), tokenizer, prompt, train.sample_tokens, key))
+                    ids = sample_ids(model, launch.params(state), prompt, train.sample_tokens, key)
+                    report.sample(step, tokenizer.decode(ids))
             if due(step, train.save_every) or last:
                 with report.pause():
                     save(step, launch.host_state(state), batches.get_state())
-        report.end(step, stopped=stop.is_set())
+                    plot_metrics(run_dir)
+        report.end(step, stopped=step < train.n_steps)
     return launch.host_state(state)
 
 
-def due(step: int, every: int) -> bool:
-    """Whether something that happens every so many steps happens now; 0 is never."""
-    return every > 0 and step % every == 0
+def due(step: int, every: int, end: int | None = None) -> bool:
+    """Whether something that happens every so many steps, and at the end if one is given, happens now; 0 is never."""
+    return every > 0 and (step % every == 0 or step == end)
+
+
+def read_prompt(cfg: RunConfig, tokenizer: Tokenizer) -> np.ndarray:
+    """The ids (1, T) of the prompt of samples on the way.
+
+    Raises:
+        InputError: there is none, it leaves no room to go on, or the model does not go on from a prompt.
+    """
+    stack, room = cfg.model.stack, cfg.model.max_len
+    require(stack == "decoder", f"model.stack={stack!r} is not a language model; train with --model.stack decoder")
+    prompt = tokenizer.encode(cfg.train.sample_prompt)
+    rule = f"train.sample_prompt has {len(prompt)} tokens; it must have 1 to {room - 1}, less than model.max_len"
+    require(0 < len(prompt) < room, rule)
+    return prompt[None]
+
+
+def check_tokenizer(run_dir: Path, tokenizer: Tokenizer) -> None:
+    """Hold a run that goes on to the ids that it began with.
+
+    Raises:
+        InputError: run_dir holds another tokenizer.
+    """
+    home = run_dir / "tokenizer"
+    held = load_tokenizer(home) if (home / FILE).exists() else tokenizer
+    rule = f"run_dir='{run_dir}' holds a run with another tokenizer, such as that of another text"
+    require(held == tokenizer, f"{rule}; use another --run-dir, or its text and its --data.tokenizer")
 
 
 def fill_vocabulary(cfg: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
     """The config with the tokenizer's vocabulary, if it has none of its own.
 
     Raises:
-        InputError: its own is too small.
+        InputError: its own is another: there would be ids without text, or text without ids.
     """
     V, needed = cfg.vocab_size or tokenizer.vocab_size, tokenizer.vocab_size
-    require(V >= needed, f"model.vocab_size={V} is below the tokenizer's {needed}; leave it out, or raise it")
+    require(needed == V, f"model.vocab_size={V} is not the tokenizer's {needed}; leave it out")
     return dataclasses.replace(cfg, vocab_size=V)
 
 
-def make_launcher(cfg: RunConfig, model: Model, optimizer, state: TrainState) -> Launcher:
+def make_launcher(cfg: RunConfig, model: DecoderLM, optimizer, state: TrainState) -> Launcher:
     """`pmap` where one host has several devices and no mesh is asked for; otherwise `jit`, on the mesh that is."""
     smoothing = cfg.train.label_smoothing_rate
     if cfg.mesh == type(cfg.mesh)() and jax.process_count() == 1 and jax.local_device_count() > 1:
@@ -120,11 +146,11 @@ def mean_loss(evaluate, launch: Launcher, state: TrainState, batches: list[Batch
     return float(total / count)
 
 
-def sample_text(model: Model, params: dict, tokenizer: Tokenizer, prompt: np.ndarray, n_tokens: int, key) -> str:
-    """The prompt and a continuation of up to n_tokens tokens, at temperature 0.8."""
+def sample_ids(model: DecoderLM, params: dict, prompt: np.ndarray, n_tokens: int, key) -> np.ndarray:
+    """The prompt and up to n_tokens tokens that go on from it, at temperature 0.8: one row."""
     room = min(n_tokens, model.cfg.max_len - prompt.shape[1])
     new = generate(model, params, prompt, max_new_tokens=room, sampler=Sampler(temperature=0.8), key=key)
-    return tokenizer.decode(np.concatenate([prompt[0], np.asarray(new.tokens[0])]))
+    return np.concatenate([prompt[0], np.asarray(new.tokens[0])])
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ of all devices before the one division, so any number of devices gives the same 
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from tx_jax.models import Model, init_params
 from tx_jax.training.losses import cross_entropy
 
 
+@runtime_checkable  # for the shape checks under pytest
 class Examples(Protocol):
     """A batch of any model: `inputs` are the keyword arguments of its call, with gold ids and their weights."""
 
@@ -74,7 +75,7 @@ def make_train_step(
         grads = jax.tree.map(lambda g: g / divisor, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = Metrics(total / divisor, optax.global_norm(grads), count)
+        metrics = Metrics(total / divisor, optax.tree.norm(grads), count)
         return TrainState(state.step + 1, params, opt_state, state.key), metrics
 
     return step

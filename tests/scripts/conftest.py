@@ -1,0 +1,95 @@
+"""train.py and sample.py as functions, and one small run that every test of them shares."""
+
+import contextlib
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+ROOT = Path(__file__).parents[2]
+WORDS = "the cat sat on a mat and slept. ".split(" ")
+TINY = (
+    "gpt-shakespeare --model.n-layers 1 --model.d-model 16 --model.n-heads 2 --model.max-len 64 --model.window 16"
+    " --model.dropout-rate 0.3 --data.seq-len 16 --data.batch-size 8 --optim.peak-lr 1e-2 --optim.warmup-steps 2"
+    " --train.n-steps 40 --train.save-every 20 --train.eval-every 20 --train.log-every 5 --train.sample-tokens 9"
+).split()
+
+
+def _main(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+@contextlib.contextmanager
+def _own_cache(tmp_path_factory):
+    """No test reads or writes the user's caches; each program is compiled once for all tests."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TX_JAX_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        patch.setenv(names[1].upper(), "0")  # for child processes
+        jax.config.update(names[1], 0)
+        compilation_cache.reset_cache()
+        yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory):
+    with _own_cache(tmp_path_factory):
+        yield
+
+
+@pytest.fixture(scope="session")
+def train():
+    return _main("train")
+
+
+@pytest.fixture(scope="session")
+def sample():
+    return _main("sample")
+
+
+@pytest.fixture(scope="session")
+def child():
+    """A script as a process of its own."""
+
+    def start(name, *args):
+        env = os.environ | {"PYTHONPATH": str(ROOT)}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen([sys.executable, ROOT / name, *map(str, args)], env=env, text=True, **pipes)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """A file of 400 words."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(" ".join(np.random.default_rng(0).choice(WORDS, 400)) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny(text):
+    """The command line of a small run, with dropout; --run-dir is to be added."""
+    return [*TINY, "--data.path", str(text)]
+
+
+@pytest.fixture(scope="session")
+def run(train, tiny, tmp_path_factory):
+    """The directory of that run when it is done."""
+    run_dir = tmp_path_factory.mktemp("runs") / "tiny"
+    with _own_cache(tmp_path_factory):
+        train([*tiny, "--run-dir", str(run_dir)])
+    return run_dir

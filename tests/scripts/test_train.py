@@ -1,0 +1,87 @@
+"""What train.py leaves behind, and how a run goes on."""
+
+import importlib.util
+import json
+import shutil
+import signal
+import time
+
+import jax
+import numpy as np
+
+from tx_jax.checkpoint import latest_step, read_config, restore_params
+from tx_jax.models import DecoderLM, init_params
+
+
+def records(run_dir):
+    """metrics.jsonl without what the clock says."""
+    rows = [json.loads(row) for row in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in rows]
+
+
+def assert_same_params(a, b):
+    shapes = jax.eval_shape(lambda key: init_params(DecoderLM(read_config(a).model), key), jax.random.key(0))
+    found = [jax.tree.leaves(restore_params(run_dir, shapes)) for run_dir in (a, b)]
+    for one, other in zip(*found, strict=True):
+        assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
+
+
+def test_a_run_leaves_everything(run, text):
+    config = read_config(run)
+    assert config.model.vocab_size == len(set(text.read_text()))
+    assert (config.model.n_layers, config.train.n_steps, config.data.path) == (1, 40, str(text))
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["20", "40"]
+    assert json.loads((run / "tokenizer" / "tokenizer.json").read_text())["kind"] == "char"
+    assert (run / "samples.txt").read_text().startswith("=== step 40\n")
+    assert (run / "plots" / "loss.png").exists() == (importlib.util.find_spec("matplotlib") is not None)
+    losses = [row for row in records(run) if "loss" in row]
+    assert [row["step"] for row in losses] == [1, *range(5, 41, 5)]
+    assert all(row.keys() == {"step", "loss", "lr", "grad_norm"} for row in losses)
+    valid = [row for row in records(run) if "valid_loss" in row]
+    assert [row["step"] for row in valid] == [20, 40]
+    assert valid[-1]["valid_loss"] < losses[0]["loss"] - 0.3
+
+
+def test_running_again_when_done_changes_nothing(run, train, capsys):
+    before = records(run)
+    train([str(run / "config.json")])
+    out = capsys.readouterr().out
+    assert "continuing after step 40 of 40" in out
+    assert f"done: python sample.py {run}" in out
+    assert records(run) == before
+
+
+def test_going_on_after_a_kill_is_bit_exact(run, train, tmp_path, capsys):
+    again = tmp_path / "again"
+    shutil.copytree(run, again)
+    shutil.rmtree(again / "checkpoints" / "40")  # killed after the save at 20
+    train([str(run / "config.json"), "--run-dir", str(again)])
+    assert "continuing after step 20 of 40" in capsys.readouterr().out
+    assert_same_params(run, again)
+    assert [row for row in records(again) if row["step"] != 21] == records(run)  # 21: its first, which it reports
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(run, train, child, tiny, tmp_path, capsys):
+    stopped = tmp_path / "stopped"
+    command = [*tiny, "--run-dir", str(stopped)]
+    process = child("train.py", *command, "--train.log-every", "1", "--train.sample-every", "1")  # to be in time
+    metrics, deadline = stopped / "metrics.jsonl", time.monotonic() + 100
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 2) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=100)
+    assert (process.returncode, err) == (0, "")
+    assert "stopped and saved; the same command goes on from here" in out
+    step = latest_step(stopped)
+    assert 2 <= step < 40
+    train(command)
+    assert f"continuing after step {step} of 40" in capsys.readouterr().out
+    assert_same_params(run, stopped)
+
+
+def test_0_is_never(train, tiny, tmp_path):
+    never = [f"--train.{name}-every=0" for name in ("log", "eval", "sample", "save")]
+    train([*tiny, *never, "--run-dir", str(tmp_path / "run")])
+    assert [row["step"] for row in records(tmp_path / "run")] == [1, 40]
+    assert not (tmp_path / "run" / "samples.txt").exists()
+    assert latest_step(tmp_path / "run") == 40  # the last step is always saved

@@ -1,0 +1,180 @@
+"""One table of models × the laws that every model keeps: a new option inherits all of them by adding a row."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tx_jax as tx
+from tx_jax.config import ModelConfig, RotaryConfig
+
+V, T, L, WINDOW = 11, 14, 2, 3
+QUICK = {"xla_backend_optimization_level": 0}  # halves the time to compile, which is nearly all of the time
+GPT2 = dict(positions="learned", biases="all", n_heads=5, d_model=35)
+LLAMA = dict(positions="rotary", mlp="swiglu", norm="rmsnorm", n_heads=6, n_kv_heads=2, d_head=4, d_model=31)
+T5 = dict(positions="t5", scale_attention=False, scale_head=True, mlp="geglu_tanh", norm="rmsnorm", n_buckets=8,
+          max_distance=9, n_heads=3, d_head=7, d_model=29)  # fmt: skip
+VASWANI = dict(positions="sinusoidal", scale_embeddings=True, biases="mlp", mlp="relu", norm_order="post", norm_eps=1e-6,
+               init="xavier", n_heads=2, d_model=26)  # fmt: skip
+
+
+def rotary(scaling, **numbers):
+    return RotaryConfig(base=97.0, scaling=scaling, factor=3.0, original_len=8, **numbers)
+
+
+def encoder(row, **more):
+    return row | {"stack": "encoder"} | more
+
+
+def encoder_decoder(row, **more):
+    return row | {"stack": "encoder_decoder", "n_encoder_layers": 1} | more
+
+
+ROWS = {
+    "gpt2": GPT2,
+    "gpt1": GPT2 | dict(norm_order="post", mlp="gelu", n_kv_heads=1),
+    "gptj": GPT2 | dict(positions="rotary_pairs", biases="mlp", tie_head=False, d_head=6),
+    "bloom": GPT2 | dict(positions="alibi", norm_embeddings=True),
+    "falcon": GPT2 | dict(positions="alibi", n_kv_heads=1, biases="none", window=WINDOW),
+    "tensor2tensor": VASWANI | dict(positions="sinusoidal_concat", norm_order="pre", n_heads=6, n_kv_heads=3, d_head=5),
+    "no-positions": LLAMA | dict(positions="none", n_kv_heads=1, mlp="relu"),
+    "llama": LLAMA,
+    "llama-yarn": LLAMA | dict(rotary=rotary("yarn", beta_fast=2.0, beta_slow=0.5)),
+    "llama3": LLAMA | dict(rotary=rotary("llama3"), n_kv_heads=6, biases="qkv"),
+    "qwen3": LLAMA | dict(rotary=rotary("ntk"), qk_norm=True, d_head=10),
+    "gemma2": LLAMA | dict(window=WINDOW, mlp="geglu_tanh", scale_embeddings=True, attention_soft_cap=1.5, head_soft_cap=2.0),
+    "t5-lm": T5,
+    "vaswani": encoder_decoder(VASWANI),
+    "t5": encoder_decoder(T5, tie_source=False),
+    "llama-translator": encoder_decoder(LLAMA, window=WINDOW, qk_norm=True, attention_soft_cap=3.0),
+    "bert": encoder(GPT2, norm_order="post", norm_embeddings=True, mlp="gelu", n_token_types=2, pooler=True),
+    "modern-bert": encoder(LLAMA, window=WINDOW, mlp="geglu"),
+    "alibi-encoder": encoder(GPT2, positions="alibi", n_heads=7),
+    "t5-encoder": encoder(T5),
+}  # fmt: skip
+CONFIGS = {name: ModelConfig(**dict(vocab_size=V, max_len=31, n_layers=L, d_mlp=23) | row) for name, row in ROWS.items()}
+CAUSAL = [name for name, cfg in CONFIGS.items() if cfg.stack != "encoder"]
+ONE_STACK = [name for name, cfg in CONFIGS.items() if cfg.stack != "encoder_decoder"]
+
+
+STACKS = {  # of each kind of model: (name, causal, layers)
+    "decoder": [("stack", True, L)],
+    "encoder": [("stack", False, L)],
+    "encoder_decoder": [("encoder", False, 1), ("decoder", True, L)],
+}
+
+
+@functools.cache
+def make(name):
+    """The model and parameters of ordinary size, so that every part of it matters: norms near 1, all else N(0, 0.2²)."""
+    model, rng = tx.build(CONFIGS[name]), np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: tx.init_params(model, jax.random.key(0)))
+
+    def draw(path, leaf):
+        return rng.normal(float(path[-1].key == "scale"), 0.2, leaf.shape).astype(np.float32)
+
+    return model, jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="method", compiler_options=QUICK)
+def run(model, params, *inputs, method=None, **more):
+    return model.apply({"params": params}, *inputs, method=method, **more)
+
+
+def source_of(tokens, positions):
+    """The source of a translation: what follows the first target token."""
+    return tokens[:, 1:], None if positions is None else np.maximum(positions[:, 1:] - 1, -1)
+
+
+def logits(name, tokens, positions=None, **more):
+    model, params = make(name)
+    if CONFIGS[name].stack == "encoder_decoder":
+        source, source_positions = source_of(tokens, positions)
+        return np.asarray(run(model, params, source, tokens, source_positions, positions)[0])
+    return np.asarray(run(model, params, tokens, positions, **more)[0])
+
+
+def draw_tokens(B, seed=0):
+    return np.random.default_rng(seed).integers(V, size=(B, T)).astype(np.int32)
+
+
+def ragged(*lengths):
+    return np.array([[i if i < length else -1 for i in range(T)] for length in lengths], np.int32)
+
+
+HOLES = np.array([*ragged(T, 7), [-1, -1, 0, 1, 2, -1, 3, 4, -1, -1, 5, 6, -1, 7]], np.int32)  # right; left and middle
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICK)
+def influence(model, stack, params, x, prefix, memory):
+    """(T, U): the largest |d out[t] / d x[u]|, where out is a mean of features with unequal weights."""
+    direction = jnp.sin(1.0 + jnp.arange(x.shape[-1]))
+
+    def out(x):
+        y = model.apply({"params": params}, x, method=lambda m, x: getattr(m, stack)(x, prefix=prefix, memory=memory)[0])
+        return y[0] @ direction
+
+    return jnp.abs(jax.jacrev(out)(x)[:, 0]).max(-1)
+
+
+@pytest.mark.parametrize("name", CONFIGS, scope="module")
+def test_an_output_depends_on_what_it_may_see_and_on_nothing_else(name):
+    (model, params), cfg, memory = make(name), CONFIGS[name], None
+    if cfg.stack == "encoder_decoder":
+        memory = run(model, params, draw_tokens(1), method="encode")
+    t, u = np.arange(T)[:, None], np.arange(T)
+    for (stack, causal, depth), prefix in itertools.product(STACKS[cfg.stack], [0, 5]):
+        x = np.random.default_rng(1).normal(size=(1, T, cfg.d_model)).astype(np.float32)
+        found = influence(model, stack, params, x, np.array([prefix], np.int32), memory if causal else None)
+        sees = (abs(t - u) < (cfg.window or T)) & ((u <= t) | (not causal)) | (u < prefix)
+        np.testing.assert_array_equal(found != 0, np.linalg.matrix_power(sees.astype(int), depth) > 0, f"{stack} {found}")
+
+
+@pytest.mark.parametrize("name", CONFIGS, scope="module")
+def test_padding_changes_nothing_exactly(name):
+    tokens, other = draw_tokens(3), draw_tokens(3, seed=1)
+    one = logits(name, tokens, HOLES)
+    two = logits(name, np.where(HOLES >= 0, tokens, other), HOLES)
+    np.testing.assert_array_equal(one[HOLES >= 0], two[HOLES >= 0])
+    assert np.isfinite(one).all()
+
+
+@pytest.mark.parametrize("split", [[T], [1] * T, [4, 1, 4, 4, 1]], ids=str)
+@pytest.mark.parametrize("name", CAUSAL, scope="module")
+def test_cached_is_uncached(name, split):
+    (model, params), cfg, tokens = make(name), CONFIGS[name], draw_tokens(3)
+    expected = logits(name, tokens, HOLES)
+    translates = cfg.stack == "encoder_decoder"
+    more = {"memory": run(model, params, *source_of(tokens, HOLES), method="encode")} if translates else {}
+    cuts = np.cumsum(split)[:-1]
+    ring = (cfg.window or T) + max(split) - 1
+    for n_slots in {T + 3, min(ring, T + 3)}:  # a slot for every token and more, and the smallest ring
+        cache, got = tx.init_cache(cfg, 3, n_slots), []
+        for part, positions in zip(np.split(tokens, cuts, 1), np.split(HOLES, cuts, 1), strict=True):
+            out, cache = run(model, params, part, positions, cache=cache, method="decode" if translates else None, **more)
+            got.append(out)
+        np.testing.assert_allclose(np.concatenate(got, 1)[HOLES >= 0], expected[HOLES >= 0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CONFIGS, scope="module")
+def test_a_row_of_a_batch_is_that_row_alone(name):
+    tokens, lengths = draw_tokens(3), np.array([7, T, 7])
+    together = logits(name, tokens, ragged(*lengths))
+    for row, length in enumerate(lengths):
+        alone = logits(name, tokens[row : row + 1, :length])[0]  # positions None: 0, 1, 2, …
+        np.testing.assert_allclose(together[row, :length], alone, rtol=0, atol=1e-5)
+    order = np.array([1, 2, 0])
+    permuted = logits(name, tokens[order], ragged(*lengths[order]))
+    np.testing.assert_allclose(permuted, together[order], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ONE_STACK, scope="module")
+def test_packed_documents_are_the_documents_alone(name):
+    tokens, n = draw_tokens(1), 7
+    positions = np.array([[*range(n), *range(T - n)]], np.int32)
+    packed = logits(name, tokens, positions, segments=np.array([[4] * n + [2] * (T - n)], np.int32))[0]
+    alone = [logits(name, part)[0] for part in (tokens[:, :n], tokens[:, n:])]
+    np.testing.assert_allclose(packed, np.concatenate(alone), rtol=0, atol=1e-5)
