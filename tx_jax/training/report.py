@@ -23,7 +23,7 @@ class Report:
         self.cfg, self.first = cfg, step + 1
         self.run_dir = Path(cfg.run_dir)
         self.tokens_a_step = cfg.data.batch_size * cfg.data.seq_len
-        self.console = Console(highlight=False, soft_wrap=True)
+        self.console = Console(highlight=False, soft_wrap=True, force_jupyter=False)  # plain lines in a notebook
         columns = ("step", MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), "ETA", TimeRemainingColumn())
         self.bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
         self.task = self.bar.add_task("compiling …", total=cfg.train.n_steps, completed=step)
