@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -13,53 +14,45 @@ from tx_jax.config import ModelConfig, RotaryConfig
 
 V, T, L, WINDOW = 11, 14, 2, 3
 QUICK = {"xla_backend_optimization_level": 0}  # halves the time to compile, which is nearly all of the time
-GPT2 = dict(positions="learned", biases="all", n_heads=5, d_model=35)
-LLAMA = dict(positions="rotary", mlp="swiglu", norm="rmsnorm", n_heads=6, n_kv_heads=2, d_head=4, d_model=31)
-T5 = dict(positions="t5", scale_attention=False, scale_head=True, mlp="geglu_tanh", norm="rmsnorm", n_buckets=8,
-          max_distance=9, n_heads=3, d_head=7, d_model=29)  # fmt: skip
-VASWANI = dict(positions="sinusoidal", scale_embeddings=True, biases="mlp", mlp="relu", norm_order="post", norm_eps=1e-6,
-               init="xavier", n_heads=2, d_model=26)  # fmt: skip
-
-
-def rotary(scaling, **numbers):
-    return RotaryConfig(base=97.0, scaling=scaling, factor=3.0, original_len=8, **numbers)
-
-
-def encoder(row, **more):
-    return row | {"stack": "encoder"} | more
-
-
-def encoder_decoder(row, **more):
-    return row | {"stack": "encoder_decoder", "n_encoder_layers": 1} | more
-
-
-ROWS = {
+tiny = functools.partial(ModelConfig, vocab_size=V, max_len=31, n_layers=L, d_mlp=23)
+rotary = functools.partial(RotaryConfig, base=97.0, factor=3.0, original_len=8)
+GPT2 = tiny(positions="learned", biases="all", n_heads=5, d_model=35)
+LLAMA = tiny(positions="rotary", mlp="swiglu", norm="rmsnorm", n_heads=6, n_kv_heads=2, d_head=4, d_model=31)
+T5 = tiny(
+    positions="t5", n_buckets=8, max_distance=9, scale_attention=False, scale_head=True, mlp="geglu_tanh",
+    norm="rmsnorm", n_heads=3, d_head=7, d_model=29,
+)  # fmt: skip
+VASWANI = tiny(
+    positions="sinusoidal", scale_embeddings=True, biases="mlp", mlp="relu", norm_order="post", init="xavier",
+    n_heads=2, d_model=26,
+)  # fmt: skip
+BOTH = {"stack": "encoder_decoder", "n_encoder_layers": 1}
+CONFIGS = {
     "gpt2": GPT2,
-    "gpt1": GPT2 | dict(norm_order="post", mlp="gelu", n_kv_heads=1),
-    "gptj": GPT2 | dict(positions="rotary_pairs", biases="mlp", tie_head=False, d_head=6),
-    "bloom": GPT2 | dict(positions="alibi", norm_embeddings=True),
-    "falcon": GPT2 | dict(positions="alibi", n_kv_heads=1, biases="none", window=WINDOW),
-    "tensor2tensor": VASWANI | dict(positions="sinusoidal_concat", norm_order="pre", n_heads=6, n_kv_heads=3, d_head=5),
-    "no-positions": LLAMA | dict(positions="none", n_kv_heads=1, mlp="relu"),
+    "gpt1": replace(GPT2, norm_order="post", mlp="gelu", n_kv_heads=1),
+    "gptj": replace(GPT2, positions="rotary_pairs", biases="mlp", tie_head=False, d_head=6),
+    "bloom": replace(GPT2, positions="alibi", norm_embeddings=True),
+    "falcon": replace(GPT2, positions="alibi", n_kv_heads=1, biases="none", window=WINDOW),
+    "tensor2tensor": replace(
+        VASWANI, positions="sinusoidal_concat", norm_order="pre", n_heads=6, n_kv_heads=3, d_head=5
+    ),
+    "no-positions": replace(LLAMA, positions="none", n_kv_heads=1, mlp="relu"),
     "llama": LLAMA,
-    "llama-yarn": LLAMA | dict(rotary=rotary("yarn", beta_fast=2.0, beta_slow=0.5)),
-    "llama3": LLAMA | dict(rotary=rotary("llama3"), n_kv_heads=6, biases="qkv"),
-    "qwen3": LLAMA | dict(rotary=rotary("ntk"), qk_norm=True, d_head=10),
-    "gemma2": LLAMA | dict(window=WINDOW, mlp="geglu_tanh", scale_embeddings=True, attention_soft_cap=1.5, head_soft_cap=2.0),
+    "llama-yarn": replace(LLAMA, rotary=rotary(scaling="yarn", beta_fast=2.0, beta_slow=0.5)),
+    "llama3": replace(LLAMA, rotary=rotary(scaling="llama3"), n_kv_heads=6, biases="qkv"),
+    "qwen3": replace(LLAMA, rotary=rotary(scaling="ntk"), qk_norm=True, d_head=10),
+    "gemma2": replace(LLAMA, window=WINDOW, mlp="geglu_tanh", attention_soft_cap=1.5, head_soft_cap=2.0),
     "t5-lm": T5,
-    "vaswani": encoder_decoder(VASWANI),
-    "t5": encoder_decoder(T5, tie_source=False),
-    "llama-translator": encoder_decoder(LLAMA, window=WINDOW, qk_norm=True, attention_soft_cap=3.0),
-    "bert": encoder(GPT2, norm_order="post", norm_embeddings=True, mlp="gelu", n_token_types=2, pooler=True),
-    "modern-bert": encoder(LLAMA, window=WINDOW, mlp="geglu"),
-    "alibi-encoder": encoder(GPT2, positions="alibi", n_heads=7),
-    "t5-encoder": encoder(T5),
-}  # fmt: skip
-CONFIGS = {name: ModelConfig(**dict(vocab_size=V, max_len=31, n_layers=L, d_mlp=23) | row) for name, row in ROWS.items()}
+    "vaswani": replace(VASWANI, **BOTH),
+    "t5": replace(T5, **BOTH, tie_source=False),
+    "llama-translator": replace(LLAMA, **BOTH, window=WINDOW, qk_norm=True, attention_soft_cap=3.0),
+    "bert": replace(GPT2, stack="encoder", norm_order="post", norm_embeddings=True, n_token_types=2, pooler=True),
+    "modern-bert": replace(LLAMA, stack="encoder", window=WINDOW, mlp="geglu"),
+    "alibi-encoder": replace(GPT2, stack="encoder", positions="alibi", n_heads=7),
+    "t5-encoder": replace(T5, stack="encoder"),
+}
 CAUSAL = [name for name, cfg in CONFIGS.items() if cfg.stack != "encoder"]
 ONE_STACK = [name for name, cfg in CONFIGS.items() if cfg.stack != "encoder_decoder"]
-
-
 STACKS = {  # of each kind of model: (name, causal, layers)
     "decoder": [("stack", True, L)],
     "encoder": [("stack", False, L)],
@@ -69,7 +62,7 @@ STACKS = {  # of each kind of model: (name, causal, layers)
 
 @functools.cache
 def make(name):
-    """The model and parameters of ordinary size, so that every part of it matters: norms near 1, all else N(0, 0.2²)."""
+    """The model and parameters of ordinary size, so that every part of it matters: norms near 1, others N(0, 0.2²)."""
     model, rng = tx.build(CONFIGS[name]), np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: tx.init_params(model, jax.random.key(0)))
 
@@ -114,7 +107,9 @@ def influence(model, stack, params, x, prefix, memory):
     direction = jnp.sin(1.0 + jnp.arange(x.shape[-1]))
 
     def out(x):
-        y = model.apply({"params": params}, x, method=lambda m, x: getattr(m, stack)(x, prefix=prefix, memory=memory)[0])
+        y = model.apply(
+            {"params": params}, x, method=lambda m, x: getattr(m, stack)(x, prefix=prefix, memory=memory)[0]
+        )
         return y[0] @ direction
 
     return jnp.abs(jax.jacrev(out)(x)[:, 0]).max(-1)
@@ -130,7 +125,9 @@ def test_an_output_depends_on_what_it_may_see_and_on_nothing_else(name):
         x = np.random.default_rng(1).normal(size=(1, T, cfg.d_model)).astype(np.float32)
         found = influence(model, stack, params, x, np.array([prefix], np.int32), memory if causal else None)
         sees = (abs(t - u) < (cfg.window or T)) & ((u <= t) | (not causal)) | (u < prefix)
-        np.testing.assert_array_equal(found != 0, np.linalg.matrix_power(sees.astype(int), depth) > 0, f"{stack} {found}")
+        np.testing.assert_array_equal(
+            found != 0, np.linalg.matrix_power(sees.astype(int), depth) > 0, f"{stack} {found}"
+        )
 
 
 @pytest.mark.parametrize("name", CONFIGS, scope="module")
@@ -154,7 +151,9 @@ def test_cached_is_uncached(name, split):
     for n_slots in {T + 3, min(ring, T + 3)}:  # a slot for every token and more, and the smallest ring
         cache, got = tx.init_cache(cfg, 3, n_slots), []
         for part, positions in zip(np.split(tokens, cuts, 1), np.split(HOLES, cuts, 1), strict=True):
-            out, cache = run(model, params, part, positions, cache=cache, method="decode" if translates else None, **more)
+            out, cache = run(
+                model, params, part, positions, cache=cache, method="decode" if translates else None, **more
+            )
             got.append(out)
         np.testing.assert_allclose(np.concatenate(got, 1)[HOLES >= 0], expected[HOLES >= 0], rtol=0, atol=1e-5)
 

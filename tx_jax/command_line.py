@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import io
 import itertools
+import logging
 import os
 import re
 import sys
@@ -39,6 +40,7 @@ def one_line_errors() -> Iterator[None]:
 
     Ctrl-C, and a reader who has gone (`| head`), end without a word, with the shell's codes for their signals.
     """
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Grain warns of profilers on older jaxlibs
     try:
         yield
     except KeyboardInterrupt:
@@ -82,12 +84,16 @@ def _broken_rule(error: BaseException | None) -> str | None:
 
 
 def _unboxed(said: str, prog: str) -> str:
-    """What tyro says in its box, up to the first blank line or rule, and the first flag that it suggests."""
+    """What tyro says under the title of its box, up to a blank line or a rule, and the first flag that it suggests."""
     said = re.sub(r"\x1b\[[\d;]*m", "", said)  # colours, where standard output is a terminal
-    rows = [row.strip("│").strip() for row in said.splitlines()[1:-1]]
-    words = " ".join(itertools.takewhile(lambda row: row.strip("─"), rows)).rstrip(".")
-    suggested = re.search(r"^│ {5}(--\S+)", said, re.MULTILINE) if "Unrecognized" in words else None
+    rows = itertools.dropwhile(_is_rule, said.splitlines()[1:])
+    words = " ".join(row.strip("│ ") for row in itertools.takewhile(lambda row: not _is_rule(row), rows)).rstrip(".")
+    suggested = re.search(r"^[│ ] {5}(--\S+)", said, re.MULTILINE) if "Unrecognized" in words else None
     return f"{words}; did you mean {suggested[1]}?" if suggested else f"{words}; see {prog} --help"
+
+
+def _is_rule(row: str) -> bool:
+    return not row.strip("│╰╯─- ")  # of dashes where the terminal is not UTF-8
 
 
 def parse_run(args: list[str]) -> RunConfig:

@@ -206,7 +206,7 @@ def init_params(model: Model, key: PRNGKeyArray) -> dict:
     """A fresh float32 parameter tree; under `jax.eval_shape`, its shapes alone."""
     token = jnp.zeros((1, 1), jnp.int32)
     inputs = (token, token) if isinstance(model, EncoderDecoder) else (token,)
-    return model.init(key, *inputs)["params"]
+    return jax.jit(model.init)(key, *inputs)["params"]  # compiled, the forward pass itself is left out
 
 
 def count_params(cfg: ModelConfig) -> int:

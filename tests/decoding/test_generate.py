@@ -2,6 +2,7 @@
 
 import functools
 import re
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +14,14 @@ from tx_jax import InputError, ModelConfig, Sampler
 from tx_jax.decoding import generate as module
 
 V, NEW, WINDOW = 11, 13, 3
-SMALL = dict(vocab_size=V, n_layers=2, n_heads=4, d_head=6, d_model=29, max_len=200, tie_head=False)
+GPT2 = ModelConfig(
+    vocab_size=V, n_layers=2, n_heads=4, d_head=6, d_model=30, max_len=200, tie_head=False, positions="learned",
+)  # fmt: skip
 CONFIGS = {
-    "llama": ModelConfig(**SMALL, n_kv_heads=2, mlp="swiglu", norm="rmsnorm"),
-    "gpt2": ModelConfig(**SMALL, positions="learned", biases="all"),
-    "mistral": ModelConfig(**SMALL, n_kv_heads=1, window=WINDOW),
-    "vaswani": ModelConfig(**SMALL | dict(d_model=30, positions="sinusoidal", stack="encoder_decoder")),
+    "gpt2": GPT2,
+    "llama": replace(GPT2, positions="rotary", n_kv_heads=2, mlp="swiglu", norm="rmsnorm"),
+    "mistral": replace(GPT2, positions="rotary", n_kv_heads=1, window=WINDOW),
+    "vaswani": replace(GPT2, positions="sinusoidal", stack="encoder_decoder"),
 }
 PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7, 10]]
 SAMPLED = Sampler(temperature=1.5)
@@ -78,8 +81,16 @@ def test_a_prompt_in_a_batch_is_that_prompt_alone(name):
 
 def test_sampling_is_a_function_of_the_key_and_rules_that_keep_all_change_nothing():
     everything = SAMPLED._replace(top_k=V, top_p=1.0, min_p=0.0)
-    draws = [(KEY, SAMPLED), (KEY, SAMPLED), (KEY, everything), (jax.random.key(6), SAMPLED), (KEY, everything._replace(top_k=1))]
-    one, again, whole, other, top_1 = (np.asarray(generate("llama", key=key, sampler=sampler).tokens) for key, sampler in draws)
+    draws = [
+        (KEY, SAMPLED),
+        (KEY, SAMPLED),
+        (KEY, everything),
+        (jax.random.key(6), SAMPLED),
+        (KEY, everything._replace(top_k=1)),
+    ]
+    one, again, whole, other, top_1 = (
+        np.asarray(generate("llama", key=key, sampler=sampler).tokens) for key, sampler in draws
+    )
     assert (one == again).all()
     assert (one == whole).all()
     assert (one != other).any()
@@ -125,7 +136,9 @@ def test_a_new_number_or_prompt_length_compiles_nothing():
 
     def call(length, seed, eos_id, *numbers):
         prompt = np.ones((2, length), np.int32)
-        tx.generate(model, params, prompt, max_new_tokens=5, sampler=Sampler(*numbers), key=jax.random.key(seed), eos_id=eos_id)
+        tx.generate(
+            model, params, prompt, max_new_tokens=5, sampler=Sampler(*numbers), key=jax.random.key(seed), eos_id=eos_id
+        )
 
     call(3, 0, 1, 0.5, 3, 0.9, 0.1)
     before = module._generate._cache_size()
@@ -137,7 +150,7 @@ def test_a_new_number_or_prompt_length_compiles_nothing():
 
 def test_the_loop_never_copies_the_cache():
     """XLA on CPU turns one layer's keys and values at a time for its products: of four layers, a quarter."""
-    model = tx.build(ModelConfig(**SMALL | dict(d_head=64, n_layers=4)))  # a cache far larger than scores
+    model = tx.build(replace(GPT2, d_head=64, n_layers=4))  # a cache far larger than scores
     params = jax.eval_shape(lambda: tx.init_params(model, jax.random.key(0)))
     cache = jax.eval_shape(lambda: tx.init_cache(model.cfg, 2, 4096))
     n_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
@@ -148,20 +161,20 @@ def test_the_loop_never_copies_the_cache():
 
 
 REFUSED = [  # (a change of the arguments, the error)
-    (dict(tokens=np.array([[3, V]])), f"tokens holds id {V}; the vocabulary is 0 … {V - 1}"),
-    (dict(tokens=np.array([[-1, 2]])), f"tokens holds id -1; the vocabulary is 0 … {V - 1}"),
-    (dict(tokens=np.ones(3, int)), "tokens.shape=(3,) must be (batch, length); wrap one row as [row]"),
-    (dict(tokens=np.ones((1, 3))), "tokens.dtype=float64 must be an integer"),
-    (dict(tokens=np.ones((1, 0), int)), "tokens.shape=(1, 0) holds no token; give at least one a row"),
-    (dict(max_new_tokens=0), "max_new_tokens=0 must be at least 1"),
-    (dict(max_new_tokens=199), "a prompt of 2 tokens and max_new_tokens=199 exceed max_len=200; ask for at most 198 or shorten"),
-    (dict(positions=np.array([[0]])), "positions.shape=(1, 1) must be that of tokens, (1, 2)"),
-    *((dict(positions=np.array([row])), "positions must be 0, 1, 2, … and then −1 in each row, with a token in each; see pad")
+    ({"tokens": np.array([[3, V]])}, f"tokens holds id {V}; the vocabulary is 0 … {V - 1}"),
+    ({"tokens": np.array([[-1, 2]])}, f"tokens holds id -1; the vocabulary is 0 … {V - 1}"),
+    ({"tokens": np.ones(3, int)}, "tokens.shape=(3,) must be (batch, length); wrap one row as [row]"),
+    ({"tokens": np.ones((1, 3))}, "tokens.dtype=float64 must be an integer"),
+    ({"tokens": np.ones((1, 0), int)}, "tokens.shape=(1, 0) holds no token; give at least one a row"),
+    ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
+    ({"max_new_tokens": 199}, "a prompt of 2 tokens and max_new_tokens=199 exceed max_len=200; ask for at most 198"),
+    ({"positions": np.array([[0]])}, "positions.shape=(1, 1) must be that of tokens, (1, 2)"),
+    *(({"positions": np.array([row])}, "positions must be 0, 1, 2, … and then −1 in each row, with a token in each")
       for row in ([-1, 0], [1, 2], [-1, -1])),
-    (dict(sampler=SAMPLED), "sampling needs key=jax.random.key(seed); without a temperature it is greedy"),
-    (dict(sampler=Sampler(top_k=2, min_p=0.1)), "top_k, min_p without a temperature would be ignored; set temperature=1.0"),
-    (dict(sampler=Sampler(temperature=-1.0), key=KEY), "temperature=-1.0 must be positive"),
-    (dict(memory=tx.init_cache(CONFIGS["llama"], 1, 2)), "memory is for an encoder-decoder; a decoder-only model takes none"),
+    ({"sampler": SAMPLED}, "sampling needs key=jax.random.key(seed); without a temperature it is greedy"),
+    ({"sampler": Sampler(top_k=2, min_p=0.1)}, "top_k, min_p without a temperature would be ignored"),
+    ({"sampler": Sampler(temperature=-1.0), "key": KEY}, "temperature=-1.0 must be positive"),
+    ({"memory": tx.init_cache(CONFIGS["llama"], 1, 2)}, "memory is for an encoder-decoder; a decoder-only model"),
 ]  # fmt: skip
 
 

@@ -15,6 +15,7 @@ B, T, H = 2, 11, 3
 IMPLS = ["xla", "blockwise"]
 POSITIONS = jnp.array([[*range(7), -1, 7, -1, -1], [-1, *range(10)]])
 SEGMENTS = jnp.array([[1] * 5 + [2] * 6, [3] * 9 + [4] * 2])
+IN_SEGMENTS = {"q_segments": SEGMENTS, "k_segments": SEGMENTS}
 CASES = {  # name: (query heads, key-value heads, queries, mask, more arguments)
     "plain": (3, 3, T, Mask(), {}),
     "causal": (3, 3, T, Mask(causal=True), {}),
@@ -23,10 +24,10 @@ CASES = {  # name: (query heads, key-value heads, queries, mask, more arguments)
     "window": (3, 3, T, Mask(causal=True, window=3), {}),
     "window both ways": (3, 3, T, Mask(window=3), {}),
     "positions": (4, 2, T, Mask(causal=True, q_positions=POSITIONS, k_positions=POSITIONS), {}),
-    "segments": (2, 2, T, Mask(causal=True, q_segments=SEGMENTS, k_segments=SEGMENTS), {}),
+    "segments": (2, 2, T, Mask(causal=True, **IN_SEGMENTS), {}),
     "prefix": (2, 1, T, Mask(causal=True, prefix=jnp.array([4, 0])), {}),
-    "everything": (4, 2, T, Mask(causal=True, window=4, q_positions=POSITIONS, k_positions=POSITIONS, q_segments=SEGMENTS,
-                                 k_segments=SEGMENTS, prefix=jnp.array([2, 5])), {"bias": B, "soft_cap": 1.3}),
+    "everything": (4, 2, T, Mask(causal=True, window=4, prefix=jnp.array([2, 5]), q_positions=POSITIONS,
+                                 k_positions=POSITIONS, **IN_SEGMENTS), {"bias": B, "soft_cap": 1.3}),
     "cross": (4, 2, 5, Mask(k_positions=POSITIONS), {"bias": 1}),
     "late queries": (3, 1, 5, Mask(causal=True, q_positions=POSITIONS[:, 3:8], k_positions=POSITIONS), {"bias": B}),
     "bias": (4, 2, T, Mask(causal=True), {"bias": B}),
@@ -36,7 +37,7 @@ CASES = {  # name: (query heads, key-value heads, queries, mask, more arguments)
 
 
 def draw(name):
-    """The inputs (q, k, v, bias or None) of a case, weights to sum its result with, its mask and its other arguments."""
+    """The inputs (q, k, v, bias or None) of a case, weights to sum its result with, its mask and other arguments."""
     N, K, queries, mask, more = CASES[name]
     rng, rows = np.random.default_rng(0), more.get("bias")
     shapes = [(B, queries, N, H), (B, T, K, H), (B, T, K, H), (rows or 1, N, queries, T), (B, queries, N, H)]
@@ -179,7 +180,11 @@ ERRORS = {
     r"q\(2, 3, 4\), .*: each must be \(batch, length, heads, width\)": [(2, 3, 4), (2, 3, 1, 4), (2, 3, 1, 4)],
     r"k\(2, 3, 1, 4\), v\(2, 5, 1, 4\): k and v must have one shape": [(2, 3, 2, 4), (2, 3, 1, 4), (2, 5, 1, 4)],
     r"q\(1, 3, 2, 4\), k\(2, .*: batch and width must be equal": [(1, 3, 2, 4), (2, 3, 1, 4), (2, 3, 1, 4)],
-    r"q\(2, 3, 3, 4\), .* query heads must be a multiple of the key-value heads": [(2, 3, 3, 4), (2, 3, 2, 4), (2, 3, 2, 4)],
+    r"q\(2, 3, 3, 4\), .* query heads must be a multiple of the key-value heads": [
+        (2, 3, 3, 4),
+        (2, 3, 2, 4),
+        (2, 3, 2, 4),
+    ],
 }
 
 

@@ -43,7 +43,7 @@ def may_attend(rules, b, t, s):
         return False  # no key here
     if "segments" in rules and rules["segments"][0][b][t] != rules["segments"][1][b][s]:
         return False
-    if "prefix" in rules and 0 <= q and k < rules["prefix"][b]:
+    if "prefix" in rules and q >= 0 and k < rules["prefix"][b]:
         return True
     return (not rules["causal"] or k <= q) and (rules["window"] is None or abs(q - k) < rules["window"])
 

@@ -99,7 +99,9 @@ def llama3(d, cfg):
         elif wavelength > cfg.original_len / cfg.low_freq_factor:
             yield plain / cfg.factor
         else:
-            smooth = (cfg.original_len / wavelength - cfg.low_freq_factor) / (cfg.high_freq_factor - cfg.low_freq_factor)
+            smooth = (cfg.original_len / wavelength - cfg.low_freq_factor) / (
+                cfg.high_freq_factor - cfg.low_freq_factor
+            )
             yield (1 - smooth) * plain / cfg.factor + smooth * plain
 
 
@@ -111,11 +113,18 @@ PUBLISHED = {
     "llama3": llama3,
 }
 ROTARY = [
-    dict(factor=8.0, base=500_000.0),  # Llama 3.1
-    dict(factor=32.0, base=500_000.0),  # Llama 3.2
-    dict(factor=40.0, original_len=4096),  # DeepSeek-V2
-    dict(factor=4.0, original_len=32_768, base=1e6),  # Qwen 2.5
-    dict(factor=2.0, original_len=64, low_freq_factor=1.0, high_freq_factor=2.0, beta_fast=3.0, beta_slow=2.9),
+    {"factor": 8.0, "base": 500_000.0},  # Llama 3.1
+    {"factor": 32.0, "base": 500_000.0},  # Llama 3.2
+    {"factor": 40.0, "original_len": 4096},  # DeepSeek-V2
+    {"factor": 4.0, "original_len": 32_768, "base": 1e6},  # Qwen 2.5
+    {
+        "factor": 2.0,
+        "original_len": 64,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 2.0,
+        "beta_fast": 3.0,
+        "beta_slow": 2.9,
+    },
 ]
 
 
@@ -171,7 +180,7 @@ def t5_bucket(ahead, bidirectional, n_buckets, max_distance):
 @pytest.mark.parametrize(("n_buckets", "max_distance"), [(32, 128), (8, 20), (64, 256), (4, 3)])
 @pytest.mark.parametrize("bidirectional", [True, False])
 def test_t5_buckets(bidirectional, n_buckets, max_distance):
-    sizes = dict(bidirectional=bidirectional, n_buckets=n_buckets, max_distance=max_distance)
+    sizes = {"bidirectional": bidirectional, "n_buckets": n_buckets, "max_distance": max_distance}
     distances = np.arange(-300, 301)
     got = jax.jit(lambda k: ops.t5_buckets(jnp.array([[300]]), k, **sizes))(jnp.asarray(distances + 300)[None])
     assert got[0, 0].tolist() == [t5_bucket(int(ahead), **sizes) for ahead in distances]

@@ -13,12 +13,11 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 ROOT = Path(__file__).parents[2]
-WORDS = "the cat sat on a mat and slept. ".split(" ")
-TINY = (
-    "gpt-shakespeare --model.n-layers 1 --model.d-model 16 --model.n-heads 2 --model.max-len 64 --model.window 16"
-    " --model.dropout-rate 0.3 --data.seq-len 16 --data.batch-size 8 --optim.peak-lr 1e-2 --optim.warmup-steps 2"
-    " --train.n-steps 40 --train.save-every 20 --train.eval-every 20 --train.log-every 5 --train.sample-tokens 9"
-).split()
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "slept.", ""]
+TINY = """gpt-shakespeare
+    --model.n-layers 1 --model.d-model 16 --model.n-heads 2 --model.max-len 64 --model.window 16
+    --model.dropout-rate 0.3 --data.seq-len 16 --data.batch-size 8 --optim.peak-lr 1e-2 --optim.warmup-steps 2
+    --train.n-steps 40 --train.log-every 5 --train.eval-every 20 --train.save-every 20 --train.sample-tokens 9"""
 
 
 def _main(name):
@@ -74,7 +73,7 @@ def child():
 
 @pytest.fixture(scope="session")
 def text(tmp_path_factory):
-    """A file of 400 words."""
+    """A file of 400 words: 15 characters."""
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text(" ".join(np.random.default_rng(0).choice(WORDS, 400)) + "\n")
     return path
@@ -83,7 +82,7 @@ def text(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny(text):
     """The command line of a small run, with dropout; --run-dir is to be added."""
-    return [*TINY, "--data.path", str(text)]
+    return [*TINY.split(), "--data.path", str(text)]
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,82 @@
+"""Imports go down only: a module imports modules of a lower rank; and `import tx_jax` is quick."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "tx_jax"
+RANKS = {  # of every module of the package
+    "errors": -2,
+    "config": 0,
+    "ops.masks": -1, "ops.attention": 0, "ops.positions": 0,
+    "training.losses": 0, "decoding.samplers": 0,
+    "data.tokenizers": 0, "data.corpora": 0, "data.batches": 0,
+    "presets": 1, "cache": 1, "parallel": 1, "checkpoint": 1, "training.optim": 1, "modules.linear": 1,
+    "modules.attention": 2, "modules.mlp": 2, "modules.embed": 2, "modules.norms": 2, "modules.positions": 2,
+    "command_line": 2,
+    "modules.block": 3,
+    "models": 4,
+    "decoding.generate": 5, "training.step": 5, "inspect": 5, "training.report": 6,
+    "training.loop": 7,
+    "": 8,  # the public surface
+}  # fmt: skip
+PURE = [name for name in RANKS if name.startswith("ops.") or name in ("training.losses", "decoding.samplers")]
+SOURCES = {  # by name; an empty __init__.py is no module
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").removesuffix("."): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if path.stat().st_size
+}
+
+
+def imports(name):
+    """The full names of what a module imports, wherever in its text."""
+    for node in ast.walk(ast.parse(SOURCES[name].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name} has a relative import"
+            for alias in node.names:  # `from tx_jax.ops import positions` is a module, `… import Mask` is not
+                inner = f"{node.module}.{alias.name}"
+                yield inner if inner.removeprefix("tx_jax.") in RANKS else node.module
+
+
+def own_imports(name):
+    found = {other for other in imports(name) if other.split(".")[0] == "tx_jax"}
+    return {other.removeprefix("tx_jax").removeprefix(".") for other in found}
+
+
+def test_every_module_has_a_rank():
+    assert set(SOURCES) == set(RANKS)
+
+
+@pytest.mark.parametrize("name", RANKS)
+def test_imports_go_down(name):
+    upwards = {other: RANKS[other] for other in own_imports(name) if RANKS[other] >= RANKS[name]}
+    assert not upwards, f"{name} has rank {RANKS[name]}"
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_arrays_in_arrays_out(name):
+    assert own_imports(name) <= {"errors", "ops.masks"}
+
+
+@pytest.mark.parametrize("name", RANKS)
+def test_no_reference_implementation_in_the_package(name):
+    assert not {other.split(".")[0] for other in imports(name)} & {"torch", "transformers", "tensorflow"}
+
+
+@pytest.mark.parametrize("name", ["parallel", "checkpoint"])
+def test_launchers_and_checkpoints_see_no_model(name):
+    assert own_imports(name) <= {"config", "errors"}
+
+
+def test_import_is_quick():
+    heavy = {"orbax", "grain", "tyro", "matplotlib", "torch", "transformers"}  # Flax brings rich
+    code = f"import sys, tx_jax; print(*{heavy} & sys.modules.keys())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent, timeout=100
+    )
+    assert done.stdout == "\n"

@@ -1,0 +1,190 @@
+"""Laws 9 and 13: a step is one function, however many devices share it, and models learn by it."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tx_jax as tx
+from tx_jax import Batch, MeshConfig, ModelConfig, OptimConfig
+from tx_jax.parallel import AXIS
+
+V, B, T = 16, 8, 11
+CFG = ModelConfig(vocab_size=V, d_model=16, n_heads=4, n_kv_heads=2, n_layers=1, biases="all", mlp="swiglu")
+# With an ε this large an update is nearly linear in the gradient; otherwise rounding decides the sign of small ones.
+ADAMW = OptimConfig(schedule="constant", warmup_steps=0, peak_lr=0.01, eps=1e-2)
+KEY = jax.random.key(0)
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # quick to compile
+init = jit(tx.init_state, static_argnums=(0, 1))
+
+
+def make(model=CFG, optim=ADAMW, **more):
+    """A model, its step and its first state: a new one each time, because a launcher gives the old one up."""
+    model, optimizer = tx.build(model), tx.make_optimizer(optim, n_steps=100)
+    return model, tx.make_train_step(model, optimizer, **more), init(model, optimizer, KEY)
+
+
+def make_batch(seed=0, lengths=(0, 1, 11, 2, 0, 11, 3, 5)):
+    """Rows of very unequal length: row 0 of none."""
+    tokens = np.random.default_rng(seed).integers(V, size=(B, T + 1)).astype(np.int32)
+    real = np.arange(T) < np.array(lengths)[:, None]
+    positions = np.where(real, np.arange(T), -1).astype(np.int32)
+    return Batch(*(jnp.asarray(x) for x in (tokens[:, :-1], tokens[:, 1:], real.astype(np.float32), positions)))
+
+
+LAUNCHERS = {
+    "one device": lambda step, state: tx.jit_step(step, state),
+    "pmap": lambda step, state: tx.pmap_step(step),
+    "data 8": lambda step, state: tx.jit_step(step, state, tx.make_mesh(MeshConfig(data=8))),
+    "fsdp 8": lambda step, state: tx.jit_step(step, state, tx.make_mesh(MeshConfig(fsdp=8))),
+    "data 2 × fsdp 2 × tensor 2": lambda step, state: tx.jit_step(
+        step, state, tx.make_mesh(MeshConfig(fsdp=2, tensor=2))
+    ),
+}
+
+
+def launch(name, **more):
+    _, step, state = make(axis_name=AXIS if name == "pmap" else None, **more)
+    launcher = LAUNCHERS[name](step, state)
+    state, metrics = launcher.put_state(state), []
+    for seed in range(3):
+        state, metric = launcher.step(state, launcher.put_batch(make_batch(seed)))
+        metrics.append(metric)
+    return state, launcher.host_state(state), np.array(metrics)
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return launch("one device", label_smoothing=0.1)[1:]
+
+
+@pytest.mark.parametrize("name", list(LAUNCHERS)[1:])
+def test_any_number_of_devices_gives_the_same_update(name, one_device):
+    placed, state, metrics = launch(name, label_smoothing=0.1)
+    np.testing.assert_allclose(metrics, one_device[1], rtol=1e-5)
+    jax.tree.map(
+        lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-5, atol=2e-6),
+        state.params,
+        one_device[0].params,
+    )
+    assert state.step == 3
+    n_parts = {"fsdp 8": 8, "data 2 × fsdp 2 × tensor 2": 4}.get(name, 1)  # of matrices; vectors are on every device
+    for leaf, at in zip(jax.tree.leaves(state.params), jax.tree.leaves(placed.params), strict=True):
+        assert at.addressable_shards[0].data.size * (n_parts if leaf.ndim > 1 else 1) == leaf.size
+
+
+def test_metrics_are_those_of_numpy():
+    model, step, state = make(label_smoothing=0.1)
+    batch = make_batch()
+    _, metrics = jit(step)(state, batch)
+    logits = np.float64(jit(model.apply)({"params": state.params}, batch.tokens, batch.positions)[0])
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    gold = np.take_along_axis(log_p, np.asarray(batch.targets)[..., None], -1)[..., 0]
+    nats = -((0.9 * gold + 0.1 * log_p.mean(-1)) * batch.weights).sum()
+    assert metrics.n_tokens == batch.weights.sum() == 33
+    np.testing.assert_allclose(metrics.loss, nats / 33, rtol=1e-5)
+    total, count = jit(tx.make_eval_step(model))(state.params, batch)
+    np.testing.assert_allclose(total, -(gold * batch.weights).sum(), rtol=1e-5)  # without smoothing
+    assert count == 33
+
+
+def test_grad_norm_is_that_of_the_mean_before_clipping():
+    model, step, state = make(optim=OptimConfig(clip_norm=1e-6))
+    batch = make_batch()
+
+    def loss(params):
+        total, count = tx.cross_entropy(model.apply({"params": params}, *batch[:1], batch.positions)[0], *batch[1:3])
+        return total / count
+
+    squares = jax.tree.map(lambda g: (g**2).sum(), jit(jax.grad(loss))(state.params))
+    np.testing.assert_allclose(jit(step)(state, batch)[1].grad_norm, sum(jax.tree.leaves(squares)) ** 0.5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_a_batch_without_weight_leaves_only_the_decay_of_weights(weight_decay):
+    """From a fresh state, where no momentum goes on: × (1 − learning rate · decay) for matrices."""
+    _, step, state = make(
+        optim=OptimConfig(schedule="constant", warmup_steps=0, peak_lr=0.5, weight_decay=weight_decay)
+    )
+    after, metrics = jit(step)(state, make_batch(lengths=[0] * B))
+    assert metrics == (0, 0, 0)
+    for old, new in zip(jax.tree.leaves(state.params), jax.tree.leaves(after.params), strict=True):
+        np.testing.assert_allclose(new, old * (1 - 0.5 * weight_decay * (old.ndim >= 2)), rtol=1e-6)
+
+
+def test_dropout_is_a_function_of_the_step_and_off_in_evaluation():
+    drops = ModelConfig(vocab_size=V, d_model=16, n_heads=2, n_layers=1, dropout_rate=0.3, attention_dropout_rate=0.3)
+    model, step, state = make(drops)
+    step, evaluate, batch = jit(step), jit(tx.make_eval_step(model)), make_batch()
+    losses = [float(step(state._replace(step=jnp.int32(i)), batch)[1].loss) for i in (0, 0, 1)]
+    assert losses[0] == losses[1] != losses[2]
+    other_key = step(state._replace(key=jax.random.key(9)), batch)[1].loss
+    assert other_key != losses[0]
+    total, count = evaluate(state.params, batch)
+    assert total / count not in losses
+    assert step(state, batch)[0].key == state.key
+
+
+def test_bfloat16_computes_with_parameters_in_float32():
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        _, step, state = make(ModelConfig(vocab_size=V, d_model=16, n_heads=2, n_layers=1, dtype=dtype))
+        state, metrics = jit(step)(state, make_batch())
+        losses[dtype] = float(metrics.loss)
+        floats = [
+            leaf
+            for leaf in jax.tree.leaves((state.params, state.opt_state))
+            if jnp.issubdtype(leaf.dtype, jnp.floating)
+        ]
+        assert {leaf.dtype for leaf in floats} == {jnp.dtype("float32")}
+    assert losses["float32"] != losses["bfloat16"]
+    np.testing.assert_allclose(losses["bfloat16"], losses["float32"], rtol=5e-3)
+
+
+def test_overfits_one_batch():
+    _, step, state = make(optim=OptimConfig(schedule="constant", warmup_steps=0, peak_lr=1e-2))
+    step, batch, losses = jit(step), make_batch(lengths=[T] * B), []
+    batch = batch._replace(
+        tokens=batch.tokens.at[:, 0].set(jnp.arange(B))
+    )  # rows that begin alike could not be told apart
+    for _ in range(100):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics.loss))
+    assert abs(losses[0] - np.log(V)) < 0.2  # at first, nothing is known
+    assert losses[-1] < 0.05
+
+
+class Pairs(NamedTuple):
+    """A batch of translations."""
+
+    source: jax.Array
+    tokens: jax.Array
+    targets: jax.Array
+    weights: jax.Array
+
+    @property
+    def inputs(self):
+        return {"source": self.source, "tokens": self.tokens}
+
+
+def test_an_encoder_decoder_learns_to_reverse():
+    n, start = 5, 0
+    sizes = {"vocab_size": 10, "max_len": 16, "d_model": 32, "n_heads": 4, "n_layers": 1, "d_mlp": 64}
+    cfg = ModelConfig(
+        stack="encoder_decoder", positions="sinusoidal", mlp="relu", scale_embeddings=True, init="xavier", **sizes
+    )
+    model, step, state = make(cfg, OptimConfig(schedule="constant", peak_lr=5e-3, warmup_steps=20))
+    step, rng = jit(step, donate_argnums=0), np.random.default_rng(0)
+    for _ in range(200):
+        source = rng.integers(1, 10, size=(64, n)).astype(np.int32)
+        tokens = np.pad(source[:, :0:-1], ((0, 0), (1, 0)), constant_values=start)
+        state, _ = step(
+            state, Pairs(*map(jnp.asarray, (source, tokens, source[:, ::-1], np.ones(source.shape, np.float32))))
+        )
+    source = jnp.asarray(rng.integers(1, 10, size=(200, n)), jnp.int32)
+    memory = jit(model.apply, static_argnames="method")({"params": state.params}, source, method="encode")
+    result = tx.generate(model, state.params, np.full((200, 1), start), max_new_tokens=n, memory=memory)
+    assert (np.asarray(result.tokens) == source[:, ::-1]).mean() > 0.95
