@@ -99,7 +99,9 @@ def main(args: Args) -> None:
         print(f"{name:>13}: prefill {prompt:7.0f} tokens/s, decode {speeds[name]:6.1f} tokens/s")
     if args.peer:
         print(f"        ratio: decode {speeds['tx_jax'] / speeds['transformers']:.2f}")
-    print(f"       memory: cache {cache_bytes / 2**20:.2f} MiB, temporaries {memory.temp_size_in_bytes / 2**20:.2f} MiB,")
+    print(
+        f"       memory: cache {cache_bytes / 2**20:.2f} MiB, temporaries {memory.temp_size_in_bytes / 2**20:.2f} MiB,"
+    )
     print(f"               arguments aliased to results {memory.alias_size_in_bytes / 2**20:.2f} MiB")
 
 

@@ -3,7 +3,8 @@
     python benchmarks/shakespeare.py       # 4 layers, d 128, context 64, batch 12, 2,000 steps, float32
 
 Both start from the same weights and read the same batches in the same order; they take turns of `turn` steps, so that
-noise of the machine falls on both. Prints training seconds (compilation apart) and the loss over the whole validation split.
+noise of the machine falls on both. Prints training seconds (compilation apart) and the loss over the whole
+validation split.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ import time
 import jax
 import numpy as np
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812
 import tyro
 from torch import nn
 
@@ -65,7 +66,11 @@ class TorchGPT(nn.Module):
     def copy(self, params: dict) -> None:
         """Take our parameters: kernels are (out, in) on both sides."""
         stack = params["stack"]
-        weights = {"tokens": params["embed"]["table"], "positions": stack["positions"]["table"], "norm": stack["last_norm"]["scale"]}
+        weights = {
+            "tokens": params["embed"]["table"],
+            "positions": stack["positions"]["table"],
+            "norm": stack["last_norm"]["scale"],
+        }
         for i in range(len(self.blocks)):
             block, a = stack[f"blocks_{i}"], stack[f"blocks_{i}"]["attention"]
             parts = {
@@ -120,22 +125,35 @@ def main(args: Args) -> None:
             for group in adamw.param_groups:
                 group["lr"] = float(rates[i])
             logits = peer(torch.from_numpy(np.ascontiguousarray(batch.tokens)).long())
-            theirs = F.cross_entropy(logits.flatten(0, 1), torch.from_numpy(np.ascontiguousarray(batch.targets)).long().flatten())
+            theirs = F.cross_entropy(
+                logits.flatten(0, 1), torch.from_numpy(np.ascontiguousarray(batch.targets)).long().flatten()
+            )
             adamw.zero_grad()
             theirs.backward()
             torch.nn.utils.clip_grad_norm_(peer.parameters(), run.optim.clip_norm)
             adamw.step()
         seconds["torch"].append(time.perf_counter() - start)
-        print(f"step {done + args.turn:>5}  tx_jax {loss:.4f} {seconds['tx_jax'][-1]:5.1f} s   torch {theirs.item():.4f} {seconds['torch'][-1]:5.1f} s", flush=True)
+        print(
+            f"step {done + args.turn:>5}  tx_jax {loss:.4f} {seconds['tx_jax'][-1]:5.1f} s"
+            f"   torch {theirs.item():.4f} {seconds['torch'][-1]:5.1f} s",
+            flush=True,
+        )
 
     evaluate = jax.jit(tx.make_eval_step(model))
     total, count = np.sum([jax.device_get(evaluate(state.params, batch)) for batch in held_out], axis=0)
     with torch.inference_mode():
         peer_total = 0.0
         for batch in held_out:
-            nats = F.cross_entropy(peer(torch.from_numpy(batch.tokens).long()).flatten(0, 1), torch.from_numpy(batch.targets).long().flatten(), reduction="none")
+            nats = F.cross_entropy(
+                peer(torch.from_numpy(batch.tokens).long()).flatten(0, 1),
+                torch.from_numpy(batch.targets).long().flatten(),
+                reduction="none",
+            )
             peer_total += float((nats.numpy() * batch.weights.ravel()).sum())
-    print(f"tx_jax: {sum(seconds['tx_jax']):.0f} s of training + {compile_seconds:.1f} s of compilation, validation loss {total / count:.4f}")
+    print(
+        f"tx_jax: {sum(seconds['tx_jax']):.0f} s of training + {compile_seconds:.1f} s of compilation, "
+        f"validation loss {total / count:.4f}"
+    )
     print(f" torch: {sum(seconds['torch']):.0f} s of training, validation loss {peer_total / count:.4f}")
     ratio = np.median(np.array(seconds["torch"]) / np.array(seconds["tx_jax"]))
     print(f"median ratio of the turns, torch's seconds by ours: {ratio:.2f}")

@@ -12,7 +12,6 @@ import statistics
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
 
@@ -43,7 +42,7 @@ OPTIM = OptimConfig(schedule="constant", warmup_steps=0, peak_lr=1e-3, beta2=0.9
 
 
 def ours(args: Args, tokens: np.ndarray):
-    """A function that takes `steps` steps and gives (seconds, last loss); the parameters it starts from; its program."""
+    """A function that takes `steps` steps and gives (seconds, last loss); the first parameters; its program."""
     cfg = ModelConfig(
         vocab_size=args.vocab_size, max_len=args.seq_len, d_model=args.d_model, n_layers=args.n_layers,
         n_heads=args.n_heads, positions="learned", biases="all", mlp="gelu_tanh",
@@ -107,19 +106,27 @@ def copy_gpt2(model, params: dict) -> None:
     import torch
 
     stack = params["stack"]
-    weights = {"transformer.wte.weight": params["embed"]["table"], "transformer.wpe.weight": stack["positions"]["table"]}
+    weights = {
+        "transformer.wte.weight": params["embed"]["table"],
+        "transformer.wpe.weight": stack["positions"]["table"],
+    }
     weights |= norm("transformer.ln_f", stack["last_norm"])
     for i in range(model.config.n_layer):
         block, name = stack[f"blocks_{i}"], f"transformer.h.{i}"
         a = block["attention"]
         weights[f"{name}.attn.c_attn.weight"] = np.concatenate([a[part]["kernel"].T for part in "qkv"], axis=1)
         weights[f"{name}.attn.c_attn.bias"] = np.concatenate([a[part]["bias"] for part in "qkv"])
-        for theirs, mine in (("attn.c_proj", a["out"]), ("mlp.c_fc", block["mlp"]["up"]), ("mlp.c_proj", block["mlp"]["down"])):
+        for theirs, mine in (
+            ("attn.c_proj", a["out"]),
+            ("mlp.c_fc", block["mlp"]["up"]),
+            ("mlp.c_proj", block["mlp"]["down"]),
+        ):
             weights |= {f"{name}.{theirs}.weight": mine["kernel"].T, f"{name}.{theirs}.bias": mine["bias"]}
         weights |= norm(f"{name}.ln_1", block["attention_norm"]) | norm(f"{name}.ln_2", block["mlp_norm"])
     tensors = {name: torch.tensor(np.array(value)) for name, value in weights.items()}
     missing, unexpected = model.load_state_dict(tensors, strict=False)
-    assert set(missing) <= {"lm_head.weight"} and not unexpected, (missing, unexpected)
+    assert set(missing) <= {"lm_head.weight"}, missing
+    assert not unexpected, unexpected
 
 
 def norm(name: str, ours: dict) -> dict:
@@ -128,7 +135,9 @@ def norm(name: str, ours: dict) -> dict:
 
 def main(args: Args) -> None:
     """Measure both in turn and print a table."""
-    tokens = np.random.default_rng(0).integers(args.vocab_size, size=(args.batch_size, args.seq_len + 1), dtype=np.int32)
+    tokens = np.random.default_rng(0).integers(
+        args.vocab_size, size=(args.batch_size, args.seq_len + 1), dtype=np.int32
+    )
     once, params, compiled = ours(args, tokens)
     runs = {"tx_jax": once} | ({"transformers": theirs(args, tokens, params)} if args.peer else {})
     times: dict[str, list[float]] = {name: [] for name in runs}
@@ -146,7 +155,9 @@ def main(args: Args) -> None:
         print(f"        ratio: {speeds['tx_jax'] / speeds['transformers']:.2f}")
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
     cost = cost[0] if isinstance(cost, list) else cost
-    print(f"       memory: temporaries {memory.temp_size_in_bytes / 2**20:.0f} MiB; {cost['flops'] / 1e9:.0f} GFLOP a step")
+    print(
+        f"       memory: temporaries {memory.temp_size_in_bytes / 2**20:.0f} MiB, {cost['flops'] / 1e9:.0f} GFLOP/step"
+    )
 
 
 if __name__ == "__main__":

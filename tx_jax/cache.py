@@ -58,4 +58,6 @@ def slots_of(positions: Int[Array, "B T"], n_slots: int) -> Int[Array, "B T"]:
 
 def write(store: Array, new: Array, slots: Int[Array, "B T"]) -> Array:
     """`store` (B, S, …) with `new` (B, T, …) at its slots; what is out of range is dropped, never clamped."""
-    return jax.vmap(lambda row, values, index: row.at[index].set(values.astype(row.dtype), mode="drop"))(store, new, slots)
+    return jax.vmap(lambda row, values, index: row.at[index].set(values.astype(row.dtype), mode="drop"))(
+        store, new, slots
+    )

@@ -107,8 +107,10 @@ def saver(run_dir: RunDir, keep: int) -> Iterator[Callable[[int, Any, dict[str, 
         nonlocal pending
         finish()
         newest = latest_step(run_dir)
-        require(newest is None or step > newest,
-                f"step={step} is not after step {newest} in run_dir='{run_dir}'; restore it, or use another --run-dir")
+        require(
+            newest is None or step > newest,
+            f"step={step} is not after step {newest} in run_dir='{run_dir}'; restore it, or use another --run-dir",
+        )
         # Orbax hangs at a NumPy scalar, and might read a NumPy array after its owner has changed it.
         state = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jnp.array(x), state)
         parts = {"params": state.params, "state": state._replace(params=())}

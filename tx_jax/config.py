@@ -13,9 +13,7 @@ from typing import Any, Literal, TypeVar
 from tx_jax.errors import InputError, require
 
 Stack = Literal["decoder", "encoder", "encoder_decoder"]
-PositionScheme = Literal[
-    "none", "sinusoidal", "sinusoidal_concat", "learned", "rotary", "rotary_pairs", "alibi", "t5"
-]
+PositionScheme = Literal["none", "sinusoidal", "sinusoidal_concat", "learned", "rotary", "rotary_pairs", "alibi", "t5"]
 RotaryScaling = Literal["none", "linear", "ntk", "yarn", "llama3"]
 Activation = Literal["relu", "gelu", "gelu_tanh", "swiglu", "geglu", "geglu_tanh"]
 Norm = Literal["layernorm", "rmsnorm"]
@@ -164,7 +162,9 @@ class ModelConfig:
             value = getattr(self, name)
             require(value is None or value > 0, f"{name}={value} must be positive, or None for none")
         both = self.stack == "encoder_decoder"
-        require(both or self.n_encoder_layers is None, f"n_encoder_layers needs stack='encoder_decoder', not {self.stack!r}")
+        require(
+            both or self.n_encoder_layers is None, f"n_encoder_layers needs stack='encoder_decoder', not {self.stack!r}"
+        )
         require(not self.pooler or self.stack == "encoder", f"pooler=True needs stack='encoder', not {self.stack!r}")
 
 
@@ -233,7 +233,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _check(self)
         require(self.keep >= 1, f"keep={self.keep} must be at least 1, the newest checkpoint")
-        require(self.sample_tokens >= 1, f"sample_tokens={self.sample_tokens} must be at least 1; sample_every=0 stops samples")
+        require(
+            self.sample_tokens >= 1,
+            f"sample_tokens={self.sample_tokens} must be at least 1; sample_every=0 stops samples",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -268,8 +271,10 @@ class RunConfig:
         require(long <= room, f"data.seq_len={long} exceeds model.max_len={room}; raise model.max_len or shorten it")
         require(self.run_dir != "", "run_dir='' names no directory; use --run-dir runs/NAME")
         warm, total = self.optim.warmup_steps, self.train.n_steps
-        require(warm <= total or self.optim.schedule == "constant",
-                f"optim.warmup_steps={warm} exceeds train.n_steps={total}; shorten the warm-up")
+        require(
+            warm <= total or self.optim.schedule == "constant",
+            f"optim.warmup_steps={warm} exceeds train.n_steps={total}; shorten the warm-up",
+        )
 
 
 def to_json(config: Any) -> str:
@@ -296,5 +301,7 @@ def _from_dict(kind: type[C], values: Any) -> C:
     fields = {field.name: field.type for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     unknown = sorted(set(values) - set(fields))
     require(not unknown, f"{name} has no field {', '.join(unknown)}; its fields are {', '.join(fields)}")
-    nested = {key: _from_dict(fields[key], value) for key, value in values.items() if dataclasses.is_dataclass(fields[key])}  # type: ignore[arg-type]
+    nested = {
+        key: _from_dict(fields[key], value) for key, value in values.items() if dataclasses.is_dataclass(fields[key])
+    }  # type: ignore[arg-type]
     return kind(**(values | nested))

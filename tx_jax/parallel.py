@@ -48,7 +48,8 @@ def make_mesh(cfg: MeshConfig = MeshConfig(), devices: list | None = None) -> Me
     data = cfg.data or max(len(devices) // (fsdp * tensor), 1)
     require(
         data * fsdp * tensor == len(devices),
-        f"mesh data={data} × fsdp={fsdp} × tensor={tensor} needs {data * fsdp * tensor} devices; there are {len(devices)}",
+        f"mesh data={data} × fsdp={fsdp} × tensor={tensor} needs {data * fsdp * tensor} devices; "
+        f"there are {len(devices)}",
     )
     return Mesh(np.asarray(devices).reshape(data, fsdp, tensor), ("data", "fsdp", "tensor"))
 
@@ -59,7 +60,10 @@ def shardings(tree: Any, mesh: Mesh, rules: tuple[tuple[str, PartitionSpec], ...
     def of(path: tuple, leaf: Any) -> NamedSharding:
         name = "/".join(str(getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", "")))) for entry in path)
         spec = next(spec for pattern, spec in rules if re.search(pattern, name))
-        fits = [axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(spec, leaf.shape)]
+        fits = [
+            axis if axis and size % mesh.shape[axis] == 0 else None
+            for axis, size in zip(spec, leaf.shape, strict=False)
+        ]
         return NamedSharding(mesh, P(*fits))
 
     return jax.tree_util.tree_map_with_path(of, tree)

@@ -7,12 +7,17 @@ import dataclasses
 from collections.abc import Callable
 
 from tx_jax.config import (
-    DataConfig, ModelConfig, OptimConfig, RotaryConfig, RunConfig, TrainConfig,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    RotaryConfig,
+    RunConfig,
+    TrainConfig,
 )  # fmt: skip
 
 
 def _vaswani(d_model: int, n_heads: int, d_mlp: int, dropout_rate: float) -> ModelConfig:
-    """Vaswani et al. 2017, Table 3; 37,000 shared tokens as in §5.1, biases as in tensor2tensor: norms and feed-forward."""
+    """Vaswani et al. 2017, Table 3; 37,000 shared tokens as in §5.1; biases of norms and feed-forward, as in eq. 2."""
     return ModelConfig(
         stack="encoder_decoder", vocab_size=37_000, max_len=1024,
         d_model=d_model, n_layers=6, n_heads=n_heads, d_mlp=d_mlp,
@@ -191,7 +196,7 @@ def nanogpt_shakespeare_10m(backend: str) -> RunConfig:
 
 
 def gpt_shakespeare(backend: str) -> RunConfig:
-    """The demo: nanoGPT's size for the machine (small on CPU, 10M on an accelerator), with rotary positions and a window.
+    """The demo: nanoGPT's size (small on a CPU, 10M on an accelerator), with rotary positions and a window.
 
     The window is the context that it trains on, so that it writes on and on with a ring cache of that size.
     """
@@ -205,5 +210,6 @@ def _fast_dtype(backend: str) -> str:
 
 
 RUNS: dict[str, Callable[[str], RunConfig]] = {  # by the backend that they will run on
-    preset.__name__.replace("_", "-"): preset for preset in (gpt_shakespeare, nanogpt_shakespeare, nanogpt_shakespeare_10m)
+    preset.__name__.replace("_", "-"): preset
+    for preset in (gpt_shakespeare, nanogpt_shakespeare, nanogpt_shakespeare_10m)
 }

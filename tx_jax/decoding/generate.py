@@ -68,7 +68,7 @@ def check_tokens(tokens: Array | np.ndarray, vocab_size: int, name: str = "token
     if not isinstance(tokens, jax.core.Tracer):
         low, high = int(tokens.min()), int(tokens.max())
         bad = low if low < 0 else high
-        require(0 <= low and high < vocab_size, f"{name} holds id {bad}; the vocabulary is 0 … {vocab_size - 1}")
+        require(low >= 0 and high < vocab_size, f"{name} holds id {bad}; the vocabulary is 0 … {vocab_size - 1}")
 
 
 def prefill(

@@ -89,7 +89,9 @@ class Stack(nn.Module):
         cfg, (B, T, _) = self.cfg, x.shape
         slots, k_positions = None, positions
         if cache is not None:
-            require(T <= cache.positions.shape[1], f"{T} tokens do not fit the cache's {cache.positions.shape[1]} slots")
+            require(
+                cache.positions.shape[1] >= T, f"{T} tokens do not fit the cache's {cache.positions.shape[1]} slots"
+            )
             require(segments is None, "segments and cache do not go together: decode one document a row")
             if positions is None:
                 positions = cache.next_positions()[:, None] + jnp.arange(T)

@@ -98,7 +98,9 @@ def _blockwise(q, k, v, mask, bias, key, scale, soft_cap, rate):
         seen = min(stop, S) if plain_order else S  # later keys are masked for the whole block
         part = None if bias is None else bias[:, :, start:stop, :seen]
         key = None if key is None else jax.random.fold_in(key, start)
-        return _plain(q[:, start:stop], k[:, :seen], v[:, :seen], mask.rows(start, stop, seen), part, key, scale, soft_cap, rate)
+        return _plain(
+            q[:, start:stop], k[:, :seen], v[:, :seen], mask.rows(start, stop, seen), part, key, scale, soft_cap, rate
+        )
 
     blocks = [rows(start, min(start + BLOCK, T), q, k, v, mask, bias, key) for start in range(0, T, BLOCK)]
     return jnp.concatenate(blocks, axis=1)

@@ -58,7 +58,10 @@ def yarn_frequencies(
     Source: Peng et al. 2023 (YaRN), §3.2, with the ramp over pair numbers of its reference code.
     """
     plain = rotary_frequencies(d_head, base)
-    pair_of = [d_head * math.log(original_len / (turns * 2 * math.pi)) / (2 * math.log(base)) for turns in (beta_fast, beta_slow)]
+    pair_of = [
+        d_head * math.log(original_len / (turns * 2 * math.pi)) / (2 * math.log(base))
+        for turns in (beta_fast, beta_slow)
+    ]
     low, high = max(math.floor(pair_of[0]), 0), min(math.ceil(pair_of[1]), d_head - 1)
     stretched = np.clip((np.arange(d_head // 2) - low) / max(high - low, 1e-3), 0, 1)
     return plain * (1 - stretched) + plain / factor * stretched
@@ -114,9 +117,7 @@ def alibi_slopes(n_heads: int) -> np.ndarray:
     return np.concatenate([slopes, extra])
 
 
-def alibi_bias(
-    q_positions: Int[Array, "b T"], k_positions: Int[Array, "b S"], n_heads: int
-) -> Float[Array, "b N T S"]:
+def alibi_bias(q_positions: Int[Array, "b T"], k_positions: Int[Array, "b S"], n_heads: int) -> Float[Array, "b N T S"]:
     """−slope · distance, to be added to scores. Source: Press et al. 2021 (ALiBi), §3."""
     distance = jnp.abs(q_positions[:, None, :, None] - k_positions[:, None, None, :])
     return -jnp.asarray(alibi_slopes(n_heads), jnp.float32)[:, None, None] * distance

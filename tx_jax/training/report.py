@@ -24,7 +24,15 @@ class Report:
         self.run_dir = Path(cfg.run_dir)
         self.tokens_a_step = cfg.data.batch_size * cfg.data.seq_len
         self.console = Console(highlight=False, soft_wrap=True, force_jupyter=False)  # plain lines in a notebook
-        columns = ("step", MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), "ETA", TimeRemainingColumn())
+        columns = (
+            "step",
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            "ETA",
+            TimeRemainingColumn(),
+        )
         self.bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
         self.task = self.bar.add_task("compiling …", total=cfg.train.n_steps, completed=step)
         self.metrics = _cut(self.run_dir / "metrics.jsonl", step).open("a", encoding="utf-8")
@@ -62,7 +70,10 @@ class Report:
         self.bar.update(self.task, completed=step, description=text)
         if not self.console.is_terminal:
             left = self.tokens_a_step * (self.cfg.train.n_steps - step) / speed
-            self.line(f"step {step:>5}/{self.cfg.train.n_steps}  {text}" + ("" if step == self.first else f"  ETA {_clock(left)}"))
+            self.line(
+                f"step {step:>5}/{self.cfg.train.n_steps}  {text}"
+                + ("" if step == self.first else f"  ETA {_clock(left)}")
+            )
 
     def validation(self, step: int, loss: float) -> None:
         """The loss over the whole validation split."""
