@@ -100,6 +100,12 @@ def test_no_choice_is_forgotten(field):
         ET.fromstring(draw(dataclasses.replace(SMALL, vocab_size=None, **{field: choice})))
 
 
+@pytest.mark.parametrize("scheme", [scheme for scheme in typing.get_args(config.PositionScheme) if scheme != "none"])
+def test_every_position_scheme_is_said(scheme):
+    without, said = (words(draw(dataclasses.replace(SMALL, positions=name))) for name in ("none", scheme))
+    assert len(said) == len(without) + 1
+
+
 def test_title_is_escaped():
     assert words(draw(SMALL, "<a & b>"))[-1] == "<a & b>"
 

@@ -175,7 +175,7 @@ def test_ctrl_c_and_errors_of_the_system(capsys):
 
 
 HELP = {  # script, flags: what is on standard output
-    ("train", "--help"): "presets:\n  gpt-shakespeare           The demo: nanoGPT's size for the machine",
+    ("train", "--help"): "presets:\n  gpt-shakespeare           The demo: nanoGPT's size (",
     ("train", "gpt-shakespeare --help"): "--model.n-kv-heads {None}|INT",
     ("sample", "--help"): "--max-new-tokens {None}|INT",
 }

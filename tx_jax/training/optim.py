@@ -15,7 +15,7 @@ def _cosine(cfg: OptimConfig, n_steps: int) -> optax.Schedule:
 
 def _noam(cfg: OptimConfig, n_steps: int) -> optax.Schedule:
     """∝ step^−0.5. Vaswani et al. 2017, eq. 3, is this with peak_lr = (d_model · warmup_steps)^−0.5."""
-    return lambda step: cfg.peak_lr * (cfg.warmup_steps / (step + cfg.warmup_steps)) ** 0.5
+    return lambda step: cfg.peak_lr * (cfg.warmup_steps / (jnp.maximum(step, 0) + cfg.warmup_steps)) ** 0.5
 
 
 def _wsd(cfg: OptimConfig, n_steps: int) -> optax.Schedule:
