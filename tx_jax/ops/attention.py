@@ -85,7 +85,7 @@ def _plain(q, k, v, mask, bias, key, scale, soft_cap, rate):
     return out.reshape(B, T, N, H).astype(q.dtype)
 
 
-BLOCK = 64  # queries in a block: measured best on CPU among 32 … 256 (benchmarks/RESULTS.md)
+BLOCK = 64  # queries in a block: measured beside 128 and none on CPU (benchmarks/RESULTS.md)
 
 
 def _blockwise(q, k, v, mask, bias, key, scale, soft_cap, rate):
