@@ -2,7 +2,7 @@
 
 import sys
 
-from tx_jax.command_line import keep_compiled, one_line_errors, parse_run
+from tx_jax.command_line import keep_compiled, keep_memory, one_line_errors, parse_run
 from tx_jax.training.loop import fit
 
 
@@ -10,6 +10,7 @@ from tx_jax.training.loop import fit
 def main(args: list[str]) -> None:
     """Train what the command line describes."""
     keep_compiled()
+    keep_memory()
     fit(parse_run(args))
 
 

@@ -19,6 +19,7 @@ import tyro
 from torch import nn
 
 import tx_jax as tx
+from tx_jax.command_line import keep_memory
 from tx_jax.data.batches import split, train_batches, valid_batches
 from tx_jax.data.corpora import load_text
 from tx_jax.data.tokenizers import CharTokenizer
@@ -84,6 +85,7 @@ class TorchGPT(nn.Module):
 
 def main(args: Args) -> None:
     """Train both in turn and print a table."""
+    keep_memory()  # as train.py does; torch runs in the same process
     run = nanogpt_shakespeare("cpu")
     text = load_text(None)
     tokenizer = CharTokenizer.train(text)

@@ -16,6 +16,7 @@ import numpy as np
 import tyro
 
 import tx_jax as tx
+from tx_jax.command_line import keep_memory
 from tx_jax.config import ModelConfig, OptimConfig
 from tx_jax.data.batches import Batch
 from tx_jax.parallel import jit_step
@@ -135,6 +136,7 @@ def norm(name: str, ours: dict) -> dict:
 
 def main(args: Args) -> None:
     """Measure both in turn and print a table."""
+    keep_memory()  # as train.py does; torch runs in the same process
     tokens = np.random.default_rng(0).integers(
         args.vocab_size, size=(args.batch_size, args.seq_len + 1), dtype=np.int32
     )
