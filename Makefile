@@ -21,7 +21,7 @@ test: $(VENV)/.test
 check: $(VENV)/.test $(VENV)/.check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(MAKE) test
 
 figures: $(VENV)/.demo

@@ -29,15 +29,16 @@ C = TypeVar("C")
 def _check(config: Any) -> None:
     """Hold what types and names promise: choices, types, finite numbers, counts and sizes from 1, rates in [0, 1)."""
     for field in dataclasses.fields(config):
-        name, value = field.name, getattr(config, field.name)
-        if typing.get_origin(field.type) is Literal:
-            choices = typing.get_args(field.type)
+        name, kind = field.name, field.type
+        value: Any = getattr(config, name)
+        if typing.get_origin(kind) is Literal:
+            choices = typing.get_args(kind)
             close = difflib.get_close_matches(str(value), choices, 1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             require(value in choices, f"{name}={value!r} is not one of {', '.join(choices)}{hint}")
             continue
-        kinds = typing.get_args(field.type) or (field.type,)
-        fits = type(value) in kinds or (type(value) is int and float in kinds) or dataclasses.is_dataclass(value)
+        kinds: tuple[Any, ...] = typing.get_args(kind) or (kind,)
+        fits = type(value) in kinds or (type(value) is int and float in kinds) or dataclasses.is_dataclass(type(value))
         wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
         require(fits, f"{name}={value!r} is {type(value).__name__}; it must be {wanted}")
         if type(value) in (int, float):
@@ -298,10 +299,10 @@ def from_json(kind: type[C], text: str) -> C:
 def _from_dict(kind: type[C], values: Any) -> C:
     name = kind.__name__
     require(isinstance(values, dict), f"{name}={values!r} must be a JSON object of its fields")
-    fields = {field.name: field.type for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    fields: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(kind)}  # pyright: ignore
     unknown = sorted(set(values) - set(fields))
     require(not unknown, f"{name} has no field {', '.join(unknown)}; its fields are {', '.join(fields)}")
     nested = {
         key: _from_dict(fields[key], value) for key, value in values.items() if dataclasses.is_dataclass(fields[key])
-    }  # type: ignore[arg-type]
+    }
     return kind(**(values | nested))

@@ -96,7 +96,7 @@ class Encoder(nn.Module):
         x = self.embed(tokens)
         if self.cfg.n_token_types:
             x += self.types.astype(x.dtype)[jnp.zeros_like(tokens) if types is None else types]
-        return self.stack(x, positions, segments=segments, deterministic=deterministic)
+        return self.stack(x, positions, segments=segments, deterministic=deterministic)[0], None
 
     def logits(self, hidden: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
         """Float32 logits of hidden vectors."""

@@ -171,12 +171,15 @@ def _shakespeare(d_model: int, n_layers: int, n_heads: int, seq_len: int, **mode
 
 
 def nanogpt_shakespeare(backend: str) -> RunConfig:
-    """nanoGPT's README for a CPU: 4 layers, d 128, context 64, 2,000 steps; it reports a validation loss of 1.88."""
+    """nanoGPT's README for a CPU: 4 layers, d 128, context 64, 2,000 steps; it reports a validation loss of 1.88.
+
+    Its learning rate of 1e-3 gives 1.91 over the whole split, here and in torch; three times that gives 1.79.
+    """
     return RunConfig(
         run_dir="runs/nanogpt-shakespeare",
         model=_shakespeare(128, 4, 4, 64, positions="learned"),
         data=DataConfig(seq_len=64, batch_size=12),
-        optim=OptimConfig(peak_lr=1e-3, end_lr=1e-4, warmup_steps=100, beta2=0.99),
+        optim=OptimConfig(peak_lr=3e-3, end_lr=1e-4, warmup_steps=100, beta2=0.99),
         train=TrainConfig(n_steps=2000),
     )
 

@@ -6,11 +6,12 @@ may be called inside your own `jit` and `vmap`. Prompts of different length go i
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from tx_jax.cache import Cache, init_cache
@@ -65,7 +66,7 @@ def check_tokens(tokens: Array | np.ndarray, vocab_size: int, name: str = "token
     require(tokens.ndim == 2, f"{name}.shape={tokens.shape} must be (batch, length); wrap one row as [row]")
     require(jnp.issubdtype(tokens.dtype, jnp.integer), f"{name}.dtype={tokens.dtype} must be an integer")
     require(tokens.size, f"{name}.shape={tokens.shape} holds no token; give at least one a row")
-    if not isinstance(tokens, jax.core.Tracer):
+    if not isinstance(tokens, Tracer):
         low, high = int(tokens.min()), int(tokens.max())
         bad = low if low < 0 else high
         require(low >= 0 and high < vocab_size, f"{name} holds id {bad}; the vocabulary is 0 … {vocab_size - 1}")
@@ -197,12 +198,12 @@ def _advance(model, params, token, cache, memory):
     return _logits(model, params, x[:, 0]), cache
 
 
-def _hidden(model, params, tokens, positions, cache, memory):
+def _hidden(model, params, tokens, positions, cache, memory) -> Any:
     source = {} if memory is None else {"memory": memory}
     return model.apply({"params": params}, tokens, positions, cache=cache, **source, method="hidden")
 
 
-def _logits(model, params, x):
+def _logits(model, params, x) -> Any:
     return model.apply({"params": params}, x, method="logits")
 
 
@@ -244,7 +245,7 @@ _MEMORY_RULE = {
 
 def _check_positions(positions: Array | np.ndarray, shape: tuple[int, int]) -> None:
     require(positions.shape == shape, f"positions.shape={positions.shape} must be that of tokens, {shape}")
-    if not isinstance(positions, jax.core.Tracer):
+    if not isinstance(positions, Tracer):
         rows = np.asarray(positions)
         lengths = (rows >= 0).sum(axis=1, keepdims=True)
         index = np.arange(shape[1])

@@ -3,7 +3,7 @@
 A `Sampler` is a pytree: which rules are there is static, their numbers are leaves. Changing a number compiles nothing.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -86,4 +86,4 @@ def sample(logits: Float[Array, "B V"], sampler: Sampler, key: PRNGKeyArray | No
     for name, rule in RULES.items():
         value = getattr(sampler, name)
         logits = logits if value is None else rule(logits, value)
-    return jax.random.categorical(key, logits).astype(jnp.int32)
+    return jax.random.categorical(cast(Array, key), logits).astype(jnp.int32)

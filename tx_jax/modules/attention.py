@@ -1,7 +1,7 @@
 """Multi-head attention: projections around `ops.attention`. Self- and cross-attention differ only in where the keys
 and values come from: this sequence (and its cache), or an encoder's output."""
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -69,5 +69,6 @@ class Attention(nn.Module):
         """Self-attention over x and, where there is a cache, over what it holds."""
         new = self.keys_values(x, plan.turn)
         if cache is not None:
-            new = cache = LayerCache(write(cache.k, new.k, plan.slots), write(cache.v, new.v, plan.slots))
+            slots = cast(Array, plan.slots)  # given with every cache
+            new = cache = LayerCache(write(cache.k, new.k, slots), write(cache.v, new.v, slots))
         return self.attend(x, new, plan, deterministic), cache

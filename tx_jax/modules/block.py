@@ -2,6 +2,7 @@
 arguments (not causal; causal; causal with cross-attention)."""
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -50,7 +51,7 @@ class Block(nn.Module):
 
         x, cache = residual(self.attention_norm, x, lambda h: self.attention(h, plan, cache, deterministic))
         if self.cross:
-            attend = self.cross_attention.attend
+            attend: Any = self.cross_attention.attend
             x, _ = residual(self.cross_norm, x, lambda h: (attend(h, memory, cross_plan, deterministic), None))
         x, _ = residual(self.mlp_norm, x, lambda h: (self.mlp(h), None))
         return x, cache
@@ -117,7 +118,7 @@ class Stack(nn.Module):
             x, layer = block(x, plan, layer, source, cross_plan, deterministic=deterministic)
             layers.append(layer)
         x = self.last_norm(x) if cfg.norm_order == "pre" else x
-        return x, None if cache is None else Cache(tuple(layers), k_positions)
+        return x, None if cache is None else cache._replace(layers=tuple(layers), positions=k_positions)
 
     def memory(self, x: Float[Array, "B S D"], positions: Int[Array, "B S"]) -> Cache:
         """An encoder's output as the keys and values of every block's cross-attention."""

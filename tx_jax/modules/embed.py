@@ -1,5 +1,7 @@
 """Tokens to vectors, and vectors to logits: the two ends of a model, which may share one table."""
 
+from typing import cast
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -40,7 +42,7 @@ class Head(nn.Module):
         cfg = self.cfg
         if cfg.scale_head:
             x = x * jnp.asarray(cfg.d_model**-0.5, x.dtype)
-        logits = embed.logits(x) if cfg.tie_head else Linear(cfg, cfg.vocab_size, "head", name="map")(x)
+        logits = embed.logits(x) if cfg.tie_head else Linear(cfg, cast(int, cfg.vocab_size), "head", name="map")(x)
         logits = logits.astype(jnp.float32)
         cap = cfg.head_soft_cap
         return logits if cap is None else cap * jnp.tanh(logits / cap)

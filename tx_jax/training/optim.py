@@ -1,6 +1,7 @@
 """AdamW with clipping and a learning rate that changes with the step, put together from optax."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ SCHEDULES = {  # of the steps after the warm-up
 }
 
 
-def make_schedule(cfg: OptimConfig, n_steps: int) -> Callable[[int | jax.Array], jax.Array]:
+def make_schedule(cfg: OptimConfig, n_steps: int) -> Callable[[Any], Any]:
     """Learning rate by optimiser step, of a run of n_steps: linear from 0 to peak_lr, then cfg.schedule."""
     warmup = optax.linear_schedule(0.0, cfg.peak_lr, cfg.warmup_steps)
     after = SCHEDULES[cfg.schedule](cfg, n_steps)

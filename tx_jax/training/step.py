@@ -74,7 +74,7 @@ def make_train_step(
         divisor = jnp.maximum(count, 1.0)  # a batch of padding alone changes nothing
         grads = jax.tree.map(lambda g: g / divisor, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params: Any = optax.apply_updates(state.params, updates)
         metrics = Metrics(total / divisor, optax.tree.norm(grads), count)
         return TrainState(state.step + 1, params, opt_state, state.key), metrics
 
