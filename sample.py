@@ -25,7 +25,7 @@ class Args:
     """Write text with a trained model."""
 
     run_dir: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN_DIR")]  # what train.py wrote
-    prompt: str = "\n"  # text; @FILE reads a file, - reads standard input
+    prompt: str | None = None  # text; @FILE reads a file, - reads standard input; None: the run's sample_prompt
     max_new_tokens: int | None = None  # None: 500, or what the context leaves
     temperature: float = 0.8  # 0: always the likeliest token
     top_k: int | None = None  # keep the k likeliest tokens
@@ -50,7 +50,8 @@ def main(argv: list[str]) -> None:
     args = parse(Args, argv, prog="sample.py")
     keep_compiled()
     model, params, tokenizer = load(args.run_dir, args.step)
-    prompt = read_prompt(args.prompt)
+    own = read_config(args.run_dir).train.sample_prompt or "\n"
+    prompt = own if args.prompt is None else read_prompt(args.prompt)
     tokens = np.tile(tokenizer.encode(prompt), (args.num_samples, 1))
     room = max(model.cfg.max_len - tokens.shape[1], 1)
     new = min(500, room) if args.max_new_tokens is None else args.max_new_tokens

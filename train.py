@@ -10,9 +10,9 @@ from tx_jax.training.loop import fit
 def main(args: list[str]) -> None:
     """Train what the command line describes."""
     keep_compiled()
-    keep_memory()
     fit(parse_run(args))
 
 
 if __name__ == "__main__":
+    keep_memory()
     main(sys.argv[1:])

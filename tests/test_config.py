@@ -70,7 +70,13 @@ IMPOSSIBLE = [  # (class, fields, what the message says)
     (Train, {"log_every": -1}, "log_every=-1 must not be negative"),
     (Optim, {"warmup_steps": -1}, "warmup_steps=-1 must not be negative"),
     (Optim, {"decay_steps": -1}, "decay_steps=-1 must not be negative"),
+    (Run, {"model": Data()}, "must be ModelConfig"),
     # relations, with a remedy
+    (
+        Run,
+        {"optim": Optim(schedule="wsd", warmup_steps=90, decay_steps=20), "train": Train(n_steps=100)},
+        "optim.decay_steps=20 must be 1 to 10: train.n_steps=100 without the warm-up",
+    ),
     (Model, {"d_model": 6, "n_heads": 4}, "d_model=6 must be a multiple of n_heads=4; use 1, 2, 3, 6 heads, or"),
     (Model, {"n_heads": 8, "n_kv_heads": 3}, "n_heads=8 must be a multiple of n_kv_heads=3; use 1, 2, 4, 8"),
     (Model, {"d_head": 5}, "d_head=5 must be even for positions='rotary', which turns pairs"),

@@ -44,8 +44,11 @@ def one_line_errors() -> Iterator[None]:
     logging.getLogger("absl").setLevel(logging.ERROR)  # Grain warns of profilers on older jaxlibs
     try:
         yield
+        sys.stdout.flush()
     except KeyboardInterrupt:
-        sys.exit(130)
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        os._exit(130)  # at once: Python's own end takes memory away from what XLA still computes, and crashes
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's last flush would complain
         sys.exit(141)

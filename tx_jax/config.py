@@ -38,7 +38,7 @@ def _check(config: Any) -> None:
             require(value in choices, f"{name}={value!r} is not one of {', '.join(choices)}{hint}")
             continue
         kinds: tuple[Any, ...] = typing.get_args(kind) or (kind,)
-        fits = type(value) in kinds or (type(value) is int and float in kinds) or dataclasses.is_dataclass(type(value))
+        fits = type(value) in kinds or (type(value) is int and float in kinds)
         wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
         require(fits, f"{name}={value!r} is {type(value).__name__}; it must be {wanted}")
         if type(value) in (int, float):
@@ -228,7 +228,7 @@ class TrainConfig:
     sample_every: int = 500
     save_every: int = 500
     keep: int = 2  # newest checkpoints kept
-    sample_prompt: str = "\n"
+    sample_prompt: str | None = None  # None: a newline, or the first character of a text without one
     sample_tokens: int = 200  # tokens of each sample on the way
 
     def __post_init__(self) -> None:
@@ -275,6 +275,11 @@ class RunConfig:
         require(
             warm <= total or self.optim.schedule == "constant",
             f"optim.warmup_steps={warm} exceeds train.n_steps={total}; shorten the warm-up",
+        )
+        decay = self.optim.decay_steps
+        require(
+            decay is None or self.optim.schedule != "wsd" or 1 <= decay <= total - warm,
+            f"optim.decay_steps={decay} must be 1 to {total - warm}: train.n_steps={total} without the warm-up",
         )
 
 

@@ -33,8 +33,7 @@ class Launcher(NamedTuple):
     step: Callable[[Any, Any], tuple[Any, Any]]  # (state, batch) → (state, metrics); the old state is given up
     put_state: Callable[[Any], Any]  # onto the devices
     put_batch: Callable[[Any], Any]
-    params: Callable[[Any], Any]  # of a placed state, for evaluation
-    host_state: Callable[[Any], Any]  # one copy of a placed state, for a checkpoint
+    host_state: Callable[[Any], Any]  # one copy of a placed state, or of a part: for a checkpoint, for evaluation
 
 
 def make_mesh(cfg: MeshConfig = MeshConfig(), devices: list | None = None) -> Mesh:
@@ -100,7 +99,6 @@ def jit_step(step: Callable, state: Any, mesh: Mesh | None = None) -> Launcher:
         step=jax.jit(step, donate_argnums=0, out_shardings=(places, None)),
         put_state=lambda state: jax.device_put(state, places),
         put_batch=put_batch,
-        params=lambda state: state.params,
         host_state=lambda state: state,
     )
 
@@ -127,6 +125,5 @@ def pmap_step(step: Callable, devices: list | None = None) -> Launcher:
         step=lambda state, batch: (lambda state, metrics: (state, first(metrics)))(*mapped(state, batch)),
         put_state=lambda state: spread(jax.device_put(state, NamedSharding(mesh, P()))),
         put_batch=put_batch,
-        params=lambda state: first(state.params),
         host_state=first,
     )

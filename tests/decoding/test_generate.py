@@ -104,8 +104,13 @@ def test_a_row_ends_with_its_eos_and_the_loop_with_the_last_row(eos_id):
     expected = np.where(np.arange(NEW) < np.array(ends)[:, None], free, eos_id)
     np.testing.assert_array_equal(result.tokens, expected)
     assert result.lengths.tolist() == ends
-    held = [len(prompt) + max(ends) - 1 for prompt in PROMPTS]
-    assert result.cache.next_positions().tolist() == held  # nothing ran after the last row's end
+    held = [len(prompt) + end - 1 for prompt, end in zip(PROMPTS, ends, strict=True)]
+    assert result.cache.next_positions().tolist() == held  # all but a row's last token, whenever the others end
+
+
+def test_eos_outside_of_the_vocabulary():
+    with pytest.raises(InputError, match=rf"^eos_id={V} must be from 0 to {V - 1}$"):
+        generate("llama", eos_id=V)
 
 
 @pytest.mark.parametrize(("name", "sampler"), [("mistral", SAMPLED), ("vaswani", Sampler())])

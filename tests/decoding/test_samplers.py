@@ -123,6 +123,13 @@ REFUSED = {
 }
 
 
+def test_one_number_for_all_rows():
+    with pytest.raises(InputError, match=r"^top_k=\[1 2 3\] must be one number, for all rows$"):
+        check_sampler(Sampler(temperature=1.0, top_k=jnp.array([1, 2, 3])))
+    with pytest.raises(InputError, match=r"^top_p=-1.0 must be in \(0, 1\]"):
+        check_sampler(Sampler(temperature=1.0, top_p=np.float32(-1)))
+
+
 @pytest.mark.parametrize("sampler", REFUSED, ids=str)
 def test_refused_numbers(sampler):
     with pytest.raises(InputError, match=REFUSED[sampler]):

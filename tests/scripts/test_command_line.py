@@ -166,7 +166,8 @@ def test_a_process_on_a_terminal_gets_the_same_line(tiny, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_ctrl_c_and_errors_of_the_system(capsys):
+def test_ctrl_c_and_errors_of_the_system(capsys, monkeypatch):
+    monkeypatch.setattr(os, "_exit", sys.exit)
     for error, code in ((KeyboardInterrupt(), 130), (OSError(2, "gone"), 2)):
         with pytest.raises(SystemExit) as end, one_line_errors():
             raise error

@@ -8,6 +8,7 @@ import time
 
 import jax
 import numpy as np
+import pytest
 
 from tx_jax.checkpoint import latest_step, read_config, restore_params
 from tx_jax.models import DecoderLM, init_params
@@ -47,7 +48,7 @@ def test_running_again_when_done_changes_nothing(run, train, capsys):
     train([str(run / "config.json")])
     out = capsys.readouterr().out
     assert "continuing after step 40 of 40" in out
-    assert f"done: python sample.py {run}" in out
+    assert f"done. To sample: python sample.py {run}" in out
     assert records(run) == before
 
 
@@ -77,6 +78,19 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(run, train, child, tiny, tmp_
     train(command)
     assert f"continuing after step {step} of 40" in capsys.readouterr().out
     assert_same_params(run, stopped)
+
+
+def test_a_text_without_line_ends(train, sample, tiny, tmp_path, capsys):
+    path, run = tmp_path / "text.txt", str(tmp_path / "run")
+    path.write_text("abcab" * 200)
+    command = [*tiny, "--data.path", str(path), "--run-dir", run, "--train.n-steps", "2"]
+    train(command)
+    sample([run, "--max-new-tokens", "4"])
+    assert set(capsys.readouterr().out.splitlines()[-1]) <= set("abc")
+    path.write_text("cabca" * 200)
+    with pytest.raises(SystemExit, match="2"):
+        train(command)
+    assert "began with a text of SHA-256" in capsys.readouterr().err
 
 
 def test_0_is_never(train, tiny, tmp_path):

@@ -55,6 +55,13 @@ def test_what_has_no_weight_does_not_count():
     assert tx.cross_entropy(LOGITS, TARGETS, 0 * WEIGHTS) == (0, 0)
 
 
+def test_a_target_without_weight_may_be_any_id():
+    targets = jnp.where(WEIGHTS == 0, -100, TARGETS)  # Hugging Face's mark of what is ignored
+    loss = jax.value_and_grad(lambda logits, targets: tx.cross_entropy(logits, targets, WEIGHTS)[0])
+    for one, other in zip(loss(LOGITS, targets), loss(LOGITS, TARGETS), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_sums_of_parts_are_the_sum_of_all():
     whole = tx.cross_entropy(LOGITS, TARGETS, WEIGHTS)
     parts = [tx.cross_entropy(*(x[b : b + 1] for x in (LOGITS, TARGETS, WEIGHTS))) for b in range(B)]

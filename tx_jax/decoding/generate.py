@@ -6,7 +6,7 @@ may be called inside your own `jit` and `vmap`. Prompts of different length go i
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -108,7 +108,8 @@ def decode(
 
     def step(carry: tuple) -> tuple:
         i, token, cache, done, tokens, lengths = carry
-        x, cache = _hidden(model, params, token[:, None], None, cache, memory)
+        positions = jnp.where(done, -1, cache.next_positions())  # a row that has ended writes nothing more
+        x, cache = _hidden(model, params, token[:, None], positions[:, None], cache, memory)
         lengths += ~done
         token, done = choose(i, _logits(model, params, x[:, 0]), done)
         return i + 1, token, cache, done, tokens.at[:, i].set(token), lengths
@@ -148,9 +149,11 @@ def generate(
 
     Raises:
         InputError: ids outside of the vocabulary, a prompt and max_new_tokens beyond model.cfg.max_len, positions
-            that are not 0, 1, 2, … then −1, a sampler's number out of bounds, or no key where one is needed.
+            that are not 0, 1, 2, … then −1, a sampler's number or eos_id out of bounds, or no key where one is needed.
     """
     prompt, n_slots = prepare(model, tokens, positions, max_new_tokens, sampler, key, memory)
+    V = cast(int, model.cfg.vocab_size)
+    require(not isinstance(eos_id, int) or 0 <= eos_id < V, f"eos_id={eos_id} must be from 0 to {V - 1}")
     return _generate(model, params, prompt, max_new_tokens, n_slots, sampler, key, eos_id, memory)
 
 

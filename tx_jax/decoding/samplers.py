@@ -7,11 +7,13 @@ from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from tx_jax.errors import require
 
-Number = float | int | Float[Array, "*b"] | Int[Array, "*b"]
+Number = float | int | Float[Array, ""] | Int[Array, ""]
 
 
 class Sampler(NamedTuple):
@@ -36,14 +38,16 @@ BOUNDS = {  # of each number: (test, rule)
 
 
 def check_sampler(sampler: Sampler) -> None:
-    """Hold every plain number of `sampler` to its bounds; traced ones cannot be seen.
+    """Hold every number of `sampler` to its bounds; traced ones cannot be seen.
 
     Raises:
         InputError: a number is out of its bounds.
     """
     for name, (test, rule) in BOUNDS.items():
         value = getattr(sampler, name)
-        require(not isinstance(value, int | float) or test(value), f"{name}={value} must be {rule}")
+        if value is not None and not isinstance(value, Tracer):
+            require(np.ndim(value) == 0, f"{name}={value} must be one number, for all rows")
+            require(test(value), f"{name}={value} must be {rule}")
 
 
 def keep_top_k(logits: Float[Array, "B V"], k: Number) -> Float[Array, "B V"]:
@@ -54,7 +58,7 @@ def keep_top_k(logits: Float[Array, "B V"], k: Number) -> Float[Array, "B V"]:
 
 
 def keep_top_p(logits: Float[Array, "B V"], p: Number) -> Float[Array, "B V"]:
-    """Logits, −inf outside the smallest set whose probability reaches p. The likeliest always stays."""
+    """Logits, −inf outside the smallest set whose probability reaches p. The likeliest and ties with the last stay."""
     largest_first = -jnp.sort(-logits, axis=-1)
     mass = jax.nn.softmax(largest_first, axis=-1)
     kept = jnp.cumsum(mass, axis=-1) - mass < p  # the mass before a token

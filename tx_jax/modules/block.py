@@ -6,6 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from tx_jax.cache import Cache, LayerCache, slots_of, write
@@ -97,6 +98,7 @@ class Stack(nn.Module):
             if positions is None:
                 positions = cache.next_positions()[:, None] + jnp.arange(T)
             positions = jnp.broadcast_to(positions, (B, T))
+            _check_room(positions, cache.positions.shape[1], cfg.window)
             slots = slots_of(positions, cache.positions.shape[1])
             k_positions = write(cache.positions, positions, slots)
         mask = Mask(
@@ -123,3 +125,13 @@ class Stack(nn.Module):
     def memory(self, x: Float[Array, "B S D"], positions: Int[Array, "B S"]) -> Cache:
         """An encoder's output as the keys and values of every block's cross-attention."""
         return Cache(tuple(block.cross_attention.keys_values(x) for block in self.blocks), positions)
+
+
+def _check_room(positions: Array, n_slots: int, window: int | None) -> None:
+    """Hold what is written to what leaves every key that a query sees in its slot, where values can be seen."""
+    T = positions.shape[1]
+    if isinstance(positions, Tracer) or (window is not None and n_slots >= window + T - 1):
+        return
+    last, needs = int(positions.max()), "a window" if window is None else f"window + {T - 1} = {window + T - 1} slots"
+    rule = f"position {last} does not fit a cache of n_slots={n_slots}, and going round needs {needs}"
+    require(last < n_slots, f"{rule}; make n_slots at least {last + 1}")

@@ -42,7 +42,7 @@ class Head(nn.Module):
         cfg = self.cfg
         if cfg.scale_head:
             x = x * jnp.asarray(cfg.d_model**-0.5, x.dtype)
-        logits = embed.logits(x) if cfg.tie_head else Linear(cfg, cast(int, cfg.vocab_size), "head", name="map")(x)
-        logits = logits.astype(jnp.float32)
+        own = Linear(cfg, cast(int, cfg.vocab_size), "head", out_dtype="float32", name="map")
+        logits = embed.logits(x) if cfg.tie_head else own(x)
         cap = cfg.head_soft_cap
         return logits if cap is None else cap * jnp.tanh(logits / cap)

@@ -34,15 +34,18 @@ class Linear(nn.Module):
     features: int
     part: str
     residual: bool = False  # the result is added to the residual stream
+    out_dtype: str | None = None  # None: cfg.dtype
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b inner"]) -> Float[Array, "*b outer"]:
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
+        out_dtype = jnp.dtype(self.out_dtype or dtype)
         share = 1 / math.sqrt(2 * cfg.n_layers) if self.residual else 1.0
         kernel: Any = self.param("kernel", KERNEL_INITS[cfg.init](share), (self.features, x.shape[-1]))
         # One row a token: XLA on CPU copies the gradient of a (B, T, O) product, and recomputes it for each copy.
         rows = x.reshape(-1, x.shape[-1])
-        y = jnp.einsum("RI,OI->RO", rows, kernel.astype(dtype)).reshape(*x.shape[:-1], self.features)
+        y = jnp.einsum("RI,OI->RO", rows, kernel.astype(dtype), preferred_element_type=out_dtype)
+        y = y.reshape(*x.shape[:-1], self.features)
         if self.part in BIASES[cfg.biases]:
-            y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(dtype)
+            y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(out_dtype)
         return y

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from tx_jax.config import ModelConfig, RotaryConfig
+from tx_jax.errors import require
 from tx_jax.modules.linear import TABLE_INITS
 from tx_jax.ops import positions as ops
 
@@ -61,6 +62,8 @@ class Learned(NoPositions):
         self.table = self.param("table", init, (self.cfg.max_len, self.cfg.d_model))
 
     def add(self, x, positions):
+        T, room = x.shape[1], self.cfg.max_len
+        require(room >= T, f"{T} tokens exceed max_len={room}, the learned positions; shorten them")
         return x + self.table.astype(x.dtype)[jnp.maximum(positions, 0)]  # −1 would wrap to the last row
 
 

@@ -34,7 +34,7 @@ def attention(
         scale: what scores are multiplied by; None is 1/√H.
         soft_cap: scores become soft_cap · tanh(scores / soft_cap).
         dropout_rate: of the weights, where dropout_key is given.
-        impl: a key of BODIES, or "auto" (blockwise for long plain sequences, otherwise xla).
+        impl: a key of BODIES, or "auto" (blockwise for more than BLOCK queries, otherwise xla).
 
     >>> q = k = v = jnp.ones((1, 3, 2, 4))
     >>> attention(q, k, v, Mask(causal=True)).shape
@@ -46,7 +46,7 @@ def attention(
     """
     _check_shapes(q, k, v)
     if impl == "auto":
-        impl = "blockwise" if q.shape[1] > BLOCK and k.shape[1] == q.shape[1] else "xla"
+        impl = "blockwise" if q.shape[1] > BLOCK else "xla"
     require(impl in BODIES, f"impl={impl!r} is not one of auto, {', '.join(BODIES)}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     rate = 0.0 if dropout_key is None else dropout_rate

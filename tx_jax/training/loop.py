@@ -6,6 +6,7 @@ checkpoints/<step>/. Running the same config again continues at the newest check
 
 import contextlib
 import dataclasses
+import hashlib
 import signal
 import threading
 from collections.abc import Iterator
@@ -36,10 +37,18 @@ def fit(cfg: RunConfig) -> TrainState:
     Raises:
         InputError: the text, the configuration and the run directory do not fit together; nothing is overwritten.
     """
+    with ctrl_c() as stop:
+        return _fit(cfg, stop)
+
+
+def _fit(cfg: RunConfig, stop: threading.Event) -> TrainState:
     train, run_dir = cfg.train, Path(cfg.run_dir)
     text = load_text(cfg.data.path, cfg.data.corpus)
+    text_sha256 = hashlib.sha256(text.encode()).hexdigest()
     tokenizer = TOKENIZERS[cfg.data.tokenizer].train(text)
-    cfg = dataclasses.replace(cfg, model=fill_vocabulary(cfg.model, tokenizer))
+    if train.sample_prompt is None:
+        train = dataclasses.replace(train, sample_prompt="\n" if "\n" in text else text[0])
+    cfg = dataclasses.replace(cfg, model=fill_vocabulary(cfg.model, tokenizer), train=train)
     train_ids, valid_ids = split(tokenizer.encode(text), cfg.data.valid_fraction)
     shape = {"seq_len": cfg.data.seq_len, "batch_size": cfg.data.batch_size}
     batches = iter(train_batches(train_ids, **shape, seed=train.seed))
@@ -59,12 +68,13 @@ def fit(cfg: RunConfig) -> TrainState:
     step = checkpoint.latest_step(run_dir) or 0
     if step:
         state, position = checkpoint.restore(run_dir, state)
-        batches.set_state(position)
+        check_text(run_dir, position["text_sha256"], text_sha256)
+        batches.set_state(position["batches"])
     else:
         state = jax.jit(init_state, static_argnums=(0, 1))(model, optimizer, jax.random.key(train.seed))
     state = launch.put_state(state)
 
-    with Report(cfg, step) as report, checkpoint.saver(run_dir, train.keep) as save, ctrl_c() as stop:
+    with Report(cfg, step) as report, checkpoint.saver(run_dir, train.keep) as save:
         last = step == train.n_steps
         while not last:
             state, metrics = launch.step(state, launch.put_batch(next(batches)))
@@ -73,16 +83,16 @@ def fit(cfg: RunConfig) -> TrainState:
             if due(step, train.log_every) or step == report.first or last:
                 report.training(step, metrics, float(schedule(step - 1)))
             if due(step, train.eval_every, train.n_steps):
-                with report.pause():
+                with report.pause(metrics):
                     report.validation(step, mean_loss(evaluate, launch, state, held_out))
             if due(step, train.sample_every, train.n_steps):
-                with report.pause():
+                with report.pause(metrics):
                     key = jax.random.fold_in(jax.random.key(train.seed), step)
-                    ids = sample_ids(model, launch.params(state), prompt, train.sample_tokens, key)
+                    ids = sample_ids(model, launch.host_state(state.params), prompt, train.sample_tokens, key)
                     report.sample(step, tokenizer.decode(ids))
             if due(step, train.save_every) or last:
-                with report.pause():
-                    save(step, launch.host_state(state), batches.get_state())
+                with report.pause(metrics):
+                    save(step, launch.host_state(state), {"batches": batches.get_state(), "text_sha256": text_sha256})
                     plot_metrics(run_dir)
         report.end(step, stopped=step < train.n_steps)
     return launch.host_state(state)
@@ -101,7 +111,7 @@ def read_prompt(cfg: RunConfig, tokenizer: Tokenizer) -> np.ndarray:
     """
     stack, room = cfg.model.stack, cfg.model.max_len
     require(stack == "decoder", f"model.stack={stack!r} is not a language model; train with --model.stack decoder")
-    prompt = tokenizer.encode(cfg.train.sample_prompt)
+    prompt = tokenizer.encode(cfg.train.sample_prompt or "")
     rule = f"train.sample_prompt has {len(prompt)} tokens; it must have 1 to {room - 1}, less than model.max_len"
     require(0 < len(prompt) < room, rule)
     return prompt[None]
@@ -117,6 +127,16 @@ def check_tokenizer(run_dir: Path, tokenizer: Tokenizer) -> None:
     held = load_tokenizer(home) if (home / FILE).exists() else tokenizer
     rule = f"run_dir='{run_dir}' holds a run with another tokenizer, such as that of another text"
     require(held == tokenizer, f"{rule}; use another --run-dir, or its text and its --data.tokenizer")
+
+
+def check_text(run_dir: Path, held: str, now: str) -> None:
+    """Hold a run that goes on to the text that it began with: its place in another would mean nothing.
+
+    Raises:
+        InputError: the text is another.
+    """
+    rule = f"run_dir='{run_dir}' began with a text of SHA-256 {held[:8]}…, and this one has {now[:8]}…"
+    require(held == now, f"{rule}; use another --run-dir, or bring its text back")
 
 
 def fill_vocabulary(cfg: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
@@ -140,7 +160,7 @@ def make_launcher(cfg: RunConfig, model: DecoderLM, optimizer, state: TrainState
 
 def mean_loss(evaluate, launch: Launcher, state: TrainState, batches: list[Batch]) -> float:
     """Nats per token over all batches."""
-    params = launch.params(state)
+    params = launch.host_state(state.params)
     sums = [evaluate(params, batch) for batch in batches]
     total, count = np.sum(jax.device_get(sums), axis=0)
     return float(total / count)

@@ -27,4 +27,5 @@ def cross_entropy(
     gold = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     expected = (1 - label_smoothing) * gold + label_smoothing * logits.mean(axis=-1)
     nats = jax.nn.logsumexp(logits, axis=-1) - expected
+    nats = jnp.where(weights != 0, nats, 0.0)  # a target of weight 0 may be any id, such as −100
     return (nats * weights).sum(), weights.sum()

@@ -21,8 +21,9 @@ def _noam(cfg: OptimConfig, n_steps: int) -> optax.Schedule:
 
 def _wsd(cfg: OptimConfig, n_steps: int) -> optax.Schedule:
     """Constant, then linear to end_lr over decay_steps. Source: Hu et al. 2024 (MiniCPM), §4."""
-    decay = max(n_steps // 5, 1) if cfg.decay_steps is None else cfg.decay_steps
-    return optax.linear_schedule(cfg.peak_lr, cfg.end_lr, decay, max(n_steps - cfg.warmup_steps - decay, 0))
+    rest = max(n_steps - cfg.warmup_steps, 1)
+    decay = min(max(n_steps // 5, 1) if cfg.decay_steps is None else cfg.decay_steps, rest)
+    return optax.linear_schedule(cfg.peak_lr, cfg.end_lr, decay, rest - decay)
 
 
 SCHEDULES = {  # of the steps after the warm-up

@@ -89,7 +89,7 @@ class Report:
     def end(self, step: int, *, stopped: bool) -> None:
         """Where the run stands, and what to do next."""
         again = "stopped and saved; the same command goes on from here" if stopped else "done"
-        self.line(f"step {step:>5}  {again}: python sample.py {self.run_dir}")
+        self.line(f"step {step:>5}  {again}. To sample: python sample.py {self.run_dir}")
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """One record of metrics.jsonl."""
@@ -97,8 +97,9 @@ class Report:
         self.metrics.flush()
 
     @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        """Time spent inside does not count as training."""
+    def pause(self, metrics: Metrics) -> Iterator[None]:
+        """Time spent inside does not count as training; the steps up to that of `metrics` do."""
+        jax.block_until_ready(metrics)
         start = time.perf_counter()
         yield
         self.since += time.perf_counter() - start
@@ -108,7 +109,9 @@ def _cut(path: Path, step: int) -> Path:
     """metrics.jsonl without records after `step`: those steps will be taken again."""
     if path.exists():
         rows = [row for row in path.read_text(encoding="utf-8").splitlines() if row.endswith("}")]
-        path.write_text("".join(row + "\n" for row in rows if json.loads(row)["step"] <= step), encoding="utf-8")
+        new = path.with_suffix(".new")
+        new.write_text("".join(row + "\n" for row in rows if json.loads(row)["step"] <= step), encoding="utf-8")
+        new.replace(path)
     return path
 
 

@@ -71,7 +71,7 @@ def make_train_step(
         (total, count), grads = jax.value_and_grad(loss, has_aux=True)(state.params, batch, key)
         if axis_name is not None:
             total, count, grads = jax.lax.psum((total, count, grads), axis_name)
-        divisor = jnp.maximum(count, 1.0)  # a batch of padding alone changes nothing
+        divisor = jnp.where(count > 0, count, 1.0)  # a batch of padding alone has a gradient of 0
         grads = jax.tree.map(lambda g: g / divisor, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
