@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "tx_jax"
 RANKS = {  # of every module of the package
-    "errors": -2,
+    "errors": -2, "config_checks": -1,
     "config": 0,
     "ops.masks": -1, "ops.attention": 0, "ops.positions": 0,
     "training.losses": 0, "decoding.samplers": 0,

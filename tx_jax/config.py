@@ -4,12 +4,10 @@ A config is data. It says what a thing is, never how a call is made, and it chec
 """
 
 import dataclasses
-import difflib
 import json
-import math
-import typing
 from typing import Any, Literal, TypeVar
 
+from tx_jax.config_checks import check, divisors
 from tx_jax.errors import InputError, require
 
 Stack = Literal["decoder", "encoder", "encoder_decoder"]
@@ -26,39 +24,6 @@ TokenizerKind = Literal["char", "byte"]
 C = TypeVar("C")
 
 
-def _check(config: Any) -> None:
-    """Hold what types and names promise: choices, types, finite numbers, counts and sizes from 1, rates in [0, 1)."""
-    for field in dataclasses.fields(config):
-        name, kind = field.name, field.type
-        value: Any = getattr(config, name)
-        if typing.get_origin(kind) is Literal:
-            choices = typing.get_args(kind)
-            close = difflib.get_close_matches(str(value), choices, 1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            require(value in choices, f"{name}={value!r} is not one of {', '.join(choices)}{hint}")
-            continue
-        kinds: tuple[Any, ...] = typing.get_args(kind) or (kind,)
-        fits = type(value) in kinds or (type(value) is int and float in kinds)
-        wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
-        require(fits, f"{name}={value!r} is {type(value).__name__}; it must be {wanted}")
-        if type(value) in (int, float):
-            _check_number(name, value, least=0 if field.default == 0 else 1)
-
-
-def _check_number(name: str, value: float | int, least: int) -> None:
-    require(math.isfinite(value), f"{name}={value} must be a finite number")
-    if name.startswith(("n_", "d_")) or name.endswith(("_len", "_size")):
-        require(value >= least, f"{name}={value} must be at least {least}")
-    if name.endswith(("_steps", "_every", "seed")):
-        require(value >= 0, f"{name}={value} must not be negative")
-    if name.endswith("_rate"):
-        require(0 <= value < 1, f"{name}={value} is a probability; it must be in [0, 1)")
-
-
-def _divisors(n: int) -> str:
-    return ", ".join(str(i) for i in range(1, n + 1) if n % i == 0)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RotaryConfig:
     """Rotary frequencies, and how they are stretched beyond the trained context."""
@@ -73,7 +38,7 @@ class RotaryConfig:
     beta_slow: float = 1.0  # yarn: rotations below which it is divided by factor
 
     def __post_init__(self) -> None:
-        _check(self)
+        check(self)
         require(self.base > 1, f"base={self.base} must exceed 1; RoFormer uses 10000")
         require(self.factor >= 1, f"factor={self.factor} must be at least 1; it stretches the context")
         low, high = self.low_freq_factor, self.high_freq_factor
@@ -143,13 +108,13 @@ class ModelConfig:
         return self.d_mlp or 4 * self.d_model
 
     def __post_init__(self) -> None:
-        _check(self)
+        check(self)
         d, n, k, h = self.d_model, self.n_heads, self.K, self.H
         require(
             self.d_head is not None or d % n == 0,
-            f"d_model={d} must be a multiple of n_heads={n}; use {_divisors(d)} heads, or set d_head",
+            f"d_model={d} must be a multiple of n_heads={n}; use {divisors(d)} heads, or set d_head",
         )
-        require(n % k == 0, f"n_heads={n} must be a multiple of n_kv_heads={k}; use {_divisors(n)}")
+        require(n % k == 0, f"n_heads={n} must be a multiple of n_kv_heads={k}; use {divisors(n)}")
         if self.positions.startswith("rotary"):
             require(h % 2 == 0, f"d_head={h} must be even for positions={self.positions!r}, which turns pairs")
         if self.positions.startswith("sinusoidal"):
@@ -181,7 +146,7 @@ class DataConfig:
     valid_fraction: float = 0.1  # the last part of the text, held out
 
     def __post_init__(self) -> None:
-        _check(self)
+        check(self)
         f = self.valid_fraction
         require(0 < f < 1, f"valid_fraction={f} must be between 0 and 1; 0.1 holds out a tenth")
 
@@ -202,7 +167,7 @@ class OptimConfig:
     clip_norm: float | None = 1.0  # of the global gradient; None: no clipping
 
     def __post_init__(self) -> None:
-        _check(self)
+        check(self)
         require(self.peak_lr > 0, f"peak_lr={self.peak_lr} must be positive; try 1e-3")
         low, peak = self.end_lr, self.peak_lr
         require(0 <= low <= peak, f"end_lr={low} must be between 0 and peak_lr={peak}")
@@ -232,7 +197,7 @@ class TrainConfig:
     sample_tokens: int = 200  # tokens of each sample on the way
 
     def __post_init__(self) -> None:
-        _check(self)
+        check(self)
         require(self.keep >= 1, f"keep={self.keep} must be at least 1, the newest checkpoint")
         require(
             self.sample_tokens >= 1,
@@ -249,7 +214,7 @@ class MeshConfig:
     tensor: int | None = None  # parts of each matrix
 
     def __post_init__(self) -> None:
-        _check(self)
+        check(self)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             require(value is None or value >= 1, f"mesh.{field.name}={value} must be at least 1, or None")
@@ -267,7 +232,7 @@ class RunConfig:
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self) -> None:
-        _check(self)
+        check(self)
         long, room = self.data.seq_len, self.model.max_len
         require(long <= room, f"data.seq_len={long} exceeds model.max_len={room}; raise model.max_len or shorten it")
         require(self.run_dir != "", "run_dir='' names no directory; use --run-dir runs/NAME")
