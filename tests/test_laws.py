@@ -19,7 +19,7 @@ rotary = functools.partial(RotaryConfig, base=97.0, factor=3.0, original_len=8)
 GPT2 = tiny(positions="learned", biases="all", n_heads=5, d_model=35)
 LLAMA = tiny(positions="rotary", mlp="swiglu", norm="rmsnorm", n_heads=6, n_kv_heads=2, d_head=4, d_model=31)
 T5 = tiny(
-    positions="t5", n_buckets=8, max_distance=9, scale_attention=False, scale_head=True, mlp="geglu_tanh",
+    positions="t5", n_buckets=8, max_distance=9, attention_scale=1.0, scale_head=True, mlp="geglu_tanh",
     norm="rmsnorm", n_heads=3, d_head=7, d_model=29,
 )  # fmt: skip
 VASWANI = tiny(
@@ -41,12 +41,35 @@ CONFIGS = {
     "llama-yarn": replace(LLAMA, rotary=rotary(scaling="yarn", beta_fast=2.0, beta_slow=0.5)),
     "llama3": replace(LLAMA, rotary=rotary(scaling="llama3"), n_kv_heads=6, biases="qkv"),
     "qwen3": replace(LLAMA, rotary=rotary(scaling="ntk"), qk_norm=True, d_head=10),
-    "gemma2": replace(LLAMA, window=WINDOW, mlp="geglu_tanh", attention_soft_cap=1.5, head_soft_cap=2.0),
+    "gemma2": replace(
+        LLAMA,
+        window=WINDOW,
+        window_pattern="wf",
+        mlp="geglu_tanh",
+        norm="rmsnorm_offset",
+        norm_order="sandwich",
+        attention_scale=0.7,
+        attention_soft_cap=1.5,
+        head_soft_cap=2.0,
+    ),
+    "gemma3": replace(
+        LLAMA, window=WINDOW, window_pattern="fw", qk_norm=True, norm="rmsnorm_offset", rotary=rotary(window_base=7.0)
+    ),
+    "gptneox": replace(
+        GPT2, positions="rotary", rotary=rotary(fraction=0.25), parallel=True, tie_head=False, d_head=8, d_model=40
+    ),
     "t5-lm": T5,
     "vaswani": replace(VASWANI, **BOTH),
     "t5": replace(T5, **BOTH, tie_source=False),
+    "bart": replace(
+        GPT2, **BOTH, norm_order="post", norm_embeddings=True, position_offset=2, head_bias=True, mlp="silu"
+    ),
+    "sandwich-translator": replace(LLAMA, **BOTH, norm_order="sandwich", biases="attention"),
     "llama-translator": replace(LLAMA, **BOTH, window=WINDOW, qk_norm=True, attention_soft_cap=3.0),
-    "bert": replace(GPT2, stack="encoder", norm_order="post", norm_embeddings=True, n_token_types=2, pooler=True),
+    "bert": replace(
+        GPT2, stack="encoder", norm_order="post", norm_embeddings=True, n_token_types=2, pooler=True, head_bias=True
+    ),
+    "bert-mlm": replace(GPT2, stack="encoder", norm_order="post", position_offset=2, head_transform=True),
     "modern-bert": replace(LLAMA, stack="encoder", window=WINDOW, mlp="geglu"),
     "alibi-encoder": replace(GPT2, stack="encoder", positions="alibi", n_heads=7),
     "t5-encoder": replace(T5, stack="encoder"),
@@ -124,10 +147,14 @@ def test_an_output_depends_on_what_it_may_see_and_on_nothing_else(name):
     for (stack, causal, depth), prefix in itertools.product(STACKS[cfg.stack], [0, 5]):
         x = np.random.default_rng(1).normal(size=(1, T, cfg.d_model)).astype(np.float32)
         found = influence(model, stack, params, x, np.array([prefix], np.int32), memory if causal else None)
-        sees = (abs(t - u) < (cfg.window or T)) & ((u <= t) | (not causal)) | (u < prefix)
-        np.testing.assert_array_equal(
-            found != 0, np.linalg.matrix_power(sees.astype(int), depth) > 0, f"{stack} {found}"
-        )
+        reaches = {"w": cfg.window or T, "f": T}
+        sees = [
+            (abs(t - u) < reaches[cfg.window_pattern[i % len(cfg.window_pattern)]]) & ((u <= t) | (not causal))
+            | (u < prefix)
+            for i in range(depth)
+        ]
+        paths = functools.reduce(np.matmul, (see.astype(int) for see in reversed(sees)))
+        np.testing.assert_array_equal(found != 0, paths > 0, f"{stack} {found}")
 
 
 @pytest.mark.parametrize("name", CONFIGS, scope="module")
@@ -147,7 +174,7 @@ def test_cached_is_uncached(name, split):
     translates = cfg.stack == "encoder_decoder"
     more = {"memory": run(model, params, *source_of(tokens, HOLES), method="encode")} if translates else {}
     cuts = np.cumsum(split)[:-1]
-    ring = (cfg.window or T) + max(split) - 1
+    ring = (cfg.reach or T) + max(split) - 1
     for n_slots in {T + 3, min(ring, T + 3)}:  # a slot for every token and more, and the smallest ring
         cache, got = tx.init_cache(cfg, 3, n_slots), []
         for part, positions in zip(np.split(tokens, cuts, 1), np.split(HOLES, cuts, 1), strict=True):

@@ -15,13 +15,15 @@ RANKS = {  # of every module of the package
     "training.losses": 0, "decoding.samplers": 0,
     "data.tokenizers": 0, "data.corpora": 0, "data.batches": 0,
     "presets": 1, "cache": 1, "parallel": 1, "checkpoint": 1, "training.optim": 1, "modules.linear": 1,
-    "modules.attention": 2, "modules.mlp": 2, "modules.embed": 2, "modules.norms": 2, "modules.positions": 2,
-    "command_line": 2,
-    "modules.block": 3,
-    "models": 4,
-    "decoding.generate": 5, "training.step": 5, "inspect": 5, "training.report": 6,
-    "training.loop": 7,
-    "": 8,  # the public surface
+    "modules.mlp": 2, "modules.norms": 2, "modules.positions": 2, "command_line": 2,
+    "modules.attention": 3, "modules.embed": 3,
+    "modules.block": 4,
+    "models": 5,
+    "decoding.generate": 6, "training.step": 6, "inspect": 6, "training.report": 7,
+    "training.loop": 8,
+    "convert.layouts": 0, "convert.fields": 1, "convert.mapping": 6, "convert.family": 7,
+    "convert.decoders": 8, "convert.encoders": 8, "convert.pretrained": 9,
+    "": 10,  # the public surface
 }  # fmt: skip
 PURE = [name for name in RANKS if name.startswith("ops.") or name in ("training.losses", "decoding.samplers")]
 SOURCES = {  # by name; an empty __init__.py is no module

@@ -35,8 +35,8 @@ class Cache(NamedTuple):
 def init_cache(cfg: ModelConfig, batch_size: int, n_slots: int | None = None) -> Cache:
     """An empty cache of `n_slots` tokens a row (None: cfg.max_len), in the model's computation dtype.
 
-    With `cfg.window`, fewer slots than the text has tokens make a ring: position p lives in slot p mod n_slots.
-    Chunks of T tokens need n_slots ≥ window + T − 1; without a window, n_slots is the longest text.
+    With `cfg.window` in every layer, fewer slots than the text has tokens make a ring: position p lives in slot
+    p mod n_slots. Chunks of T tokens need n_slots ≥ window + T − 1; without a window, n_slots is the longest text.
 
     >>> init_cache(ModelConfig(), batch_size=2, n_slots=16).positions.shape
     (2, 16)

@@ -13,10 +13,10 @@ from tx_jax.errors import InputError, require
 Stack = Literal["decoder", "encoder", "encoder_decoder"]
 PositionScheme = Literal["none", "sinusoidal", "sinusoidal_concat", "learned", "rotary", "rotary_pairs", "alibi", "t5"]
 RotaryScaling = Literal["none", "linear", "ntk", "yarn", "llama3"]
-Activation = Literal["relu", "gelu", "gelu_tanh", "swiglu", "geglu", "geglu_tanh"]
-Norm = Literal["layernorm", "rmsnorm"]
-NormOrder = Literal["pre", "post"]
-Biases = Literal["none", "norm", "mlp", "qkv", "all"]
+Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "swiglu", "geglu", "geglu_tanh"]
+Norm = Literal["layernorm", "rmsnorm", "rmsnorm_offset"]
+NormOrder = Literal["pre", "post", "sandwich"]
+Biases = Literal["none", "norm", "mlp", "qkv", "attention", "all"]
 Init = Literal["normal", "xavier"]
 DType = Literal["float32", "bfloat16"]
 Schedule = Literal["constant", "cosine", "noam", "wsd"]
@@ -29,6 +29,10 @@ class RotaryConfig:
     """Rotary frequencies, and how they are stretched beyond the trained context."""
 
     base: float = 10_000.0  # θ of RoFormer §3.2.2; 500,000 in LLaMA 3
+    window_base: float | None = (
+        None  # θ, unscaled, of the layers that see a window; None: as the others (Gemma 3: 10,000)
+    )
+    fraction: float = 1.0  # part of each head that is turned, its beginning (GPT-NeoX: 0.25)
     scaling: RotaryScaling = "none"  # none | linear | ntk | yarn | llama3
     factor: float = 1.0  # how many times longer the new context is
     original_len: int = 8192  # tokens: the context before scaling (yarn, llama3)
@@ -39,7 +43,10 @@ class RotaryConfig:
 
     def __post_init__(self) -> None:
         check(self)
-        require(self.base > 1, f"base={self.base} must exceed 1; RoFormer uses 10000")
+        for name in ("base", "window_base"):
+            value = getattr(self, name)
+            require(value is None or value > 1, f"{name}={value} must exceed 1; RoFormer uses 10000")
+        require(0 < self.fraction <= 1, f"fraction={self.fraction} must be above 0 and at most 1, the whole head")
         require(self.factor >= 1, f"factor={self.factor} must be at least 1; it stretches the context")
         low, high = self.low_freq_factor, self.high_freq_factor
         require(0 < low < high, f"low_freq_factor={low} must be positive and below high_freq_factor={high}")
@@ -66,25 +73,30 @@ class ModelConfig:
     tie_source: bool = True  # encoder and decoder share one token table (encoder_decoder)
     scale_embeddings: bool = False  # × √d_model after look-up (Vaswani et al. 2017, §3.4)
     scale_head: bool = False  # × 1/√d_model before the head (T5)
+    head_bias: bool = False  # a bias on the logits (BART, BERT)
+    head_transform: bool = False  # a map, the activation and a norm before the head (BERT)
     norm_embeddings: bool = False  # a norm after the embeddings (BERT)
     n_token_types: int = 0  # segment-type embeddings (BERT: 2); 0: none
     pooler: bool = False  # tanh projection of the first vector (BERT)
 
     positions: PositionScheme = "rotary"  # how order enters
     rotary: RotaryConfig = RotaryConfig()
+    position_offset: int = 0  # learned: rows of the table before that of position 0 (BART: 2)
     n_buckets: int = 32  # t5: relative-position buckets
     max_distance: int = 128  # t5: tokens beyond which all distances share a bucket
 
     qk_norm: bool = False  # RMSNorm over H of q and k, before rotation
-    scale_attention: bool = True  # scores × 1/√d_head; T5 leaves it out
+    attention_scale: float | None = None  # scores × this; None: 1/√d_head (T5: 1)
     attention_soft_cap: float | None = None  # scores → cap · tanh(scores / cap) (Gemma 2)
     window: int | None = None  # tokens a query sees, itself included; None: all
-    biases: Biases = "none"  # none | norm | mlp (+ norm) | qkv (alone) | all
+    window_pattern: str = "w"  # of layers, repeated: w sees the window, f all (Gemma 2: wf)
+    biases: Biases = "none"  # none | norm | mlp (+ norm) | qkv (alone) | attention (qkv, out) | all
     head_soft_cap: float | None = None  # logits → cap · tanh(logits / cap) (Gemma 2)
 
     mlp: Activation = "gelu_tanh"
     norm: Norm = "layernorm"
-    norm_order: NormOrder = "pre"  # pre: norm inside the residual branch; post: after the sum (2017)
+    norm_order: NormOrder = "pre"  # pre: norm inside the residual branch; post: after the sum (2017); sandwich: both
+    parallel: bool = False  # attention and feed-forward read the same vectors (GPT-NeoX)
     norm_eps: float = 1e-5
 
     dropout_rate: float = 0.0  # of embeddings and of each sub-layer's output
@@ -107,6 +119,11 @@ class ModelConfig:
         """Width inside the feed-forward."""
         return self.d_mlp or 4 * self.d_model
 
+    @property
+    def reach(self) -> int | None:
+        """Tokens back that the farthest-seeing layer sees; None: all."""
+        return None if "f" in self.window_pattern else self.window
+
     def __post_init__(self) -> None:
         check(self)
         d, n, k, h = self.d_model, self.n_heads, self.K, self.H
@@ -116,7 +133,9 @@ class ModelConfig:
         )
         require(n % k == 0, f"n_heads={n} must be a multiple of n_kv_heads={k}; use {divisors(n)}")
         if self.positions.startswith("rotary"):
-            require(h % 2 == 0, f"d_head={h} must be even for positions={self.positions!r}, which turns pairs")
+            turned = int(h * self.rotary.fraction)
+            rule = f"d_head={h} × rotary.fraction={self.rotary.fraction} must be even and positive"
+            require(turned and turned % 2 == 0, f"{rule} for positions={self.positions!r}, which turns pairs")
         if self.positions.startswith("sinusoidal"):
             require(d % 2 == 0, f"d_model={d} must be even for positions={self.positions!r}, sine and cosine in turn")
         if self.positions == "t5":
@@ -124,9 +143,16 @@ class ModelConfig:
             require(buckets % 4 == 0, f"n_buckets={buckets} must be a multiple of 4: halves for sign, then for scale")
             require(far > buckets // 2, f"max_distance={far} must exceed n_buckets / 2 = {buckets // 2}")
         require(self.norm_eps > 0, f"norm_eps={self.norm_eps} must be positive; LayerNorm's usual value is 1e-5")
-        for name in ("attention_soft_cap", "head_soft_cap", "window"):
+        for name in ("attention_soft_cap", "head_soft_cap", "attention_scale", "window"):
             value = getattr(self, name)
             require(value is None or value > 0, f"{name}={value} must be positive, or None for none")
+        pattern = self.window_pattern
+        require(
+            pattern and not set(pattern) - set("wf"), f"window_pattern={pattern!r} must be letters w and f, such as wf"
+        )
+        require(self.position_offset >= 0, f"position_offset={self.position_offset} must not be negative")
+        parallel = not self.parallel or self.norm_order == "pre"
+        require(parallel, f"parallel=True needs norm_order='pre', not {self.norm_order!r}")
         both = self.stack == "encoder_decoder"
         require(
             both or self.n_encoder_layers is None, f"n_encoder_layers needs stack='encoder_decoder', not {self.stack!r}"

@@ -44,9 +44,9 @@ IN_ATTENTION = {  # what positions do there
     "rotary": "q, k turned by rotary", "rotary_pairs": "q, k turned by rotary",
     "alibi": "scores biased by ALiBi", "t5": "scores biased by T5 buckets",
 }  # fmt: skip
-NORMS = {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm"}
+NORMS = {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm", "rmsnorm_offset": "RMSNorm, 1 + scale"}
 MLPS = {
-    "relu": "ReLU", "gelu": "GELU", "gelu_tanh": "GELU, tanh form",
+    "relu": "ReLU", "gelu": "GELU", "gelu_tanh": "GELU, tanh form", "silu": "SiLU",
     "swiglu": "SwiGLU: gated by SiLU", "geglu": "GEGLU: gated by GELU", "geglu_tanh": "GEGLU, tanh form",
 }  # fmt: skip
 PAINT = {  # fill and outline of a box
@@ -100,18 +100,21 @@ def draw(cfg: ModelConfig, title: str = "", height: Number = 0) -> str:
 def _column(cfg: ModelConfig, causal: bool, cross: bool, name: str, head: bool = True) -> list[Part]:
     """From tokens at the bottom to logits at the top."""
     D, V = f"{cfg.d_model:,}", "V" if cfg.vocab_size is None else f"{cfg.vocab_size:,}"
-    norm, pre, heads = Part("norm", (NORMS[cfg.norm],)), cfg.norm_order == "pre", f"{cfg.n_heads} heads of {cfg.H}"
+    norm, order, heads = Part("norm", (NORMS[cfg.norm],)), cfg.norm_order, f"{cfg.n_heads} heads of {cfg.H}"
     shared = f"{cfg.K} key-value head{'s' * (cfg.K > 1)}" if cfg.n_heads > cfg.K else ""
-    window = f"over the last {cfg.window:,} tokens" if cfg.window else ""
+    some = "" if cfg.reach else ", in some layers"
+    window = f"over the last {cfg.window:,} tokens{some}" if cfg.window else ""
+    parallel = "reads what attention reads" if cfg.parallel else ""
     see = f"{'causal' if causal else 'sees all'}, {heads}"
     layers = [
         _part("attention", "Self-attention", see, shared, window, IN_ATTENTION.get(cfg.positions)),
         _part("attention", "Cross-attention", "k, v from the encoder", heads, shared),
-        _part("mlp", "Feed-forward", MLPS[cfg.mlp], f"{D} → {cfg.F:,} → {D}"),
+        _part("mlp", "Feed-forward", MLPS[cfg.mlp], f"{D} → {cfg.F:,} → {D}", parallel),
     ]
     fork, add = Part("fork"), Part("add")
     layers = layers if cross else layers[::2]
-    block = [part for x in layers for part in ([fork, norm, x, add] if pre else [fork, x, add, norm])]
+    orders = {"pre": [norm, None, add], "post": [None, add, norm], "sandwich": [norm, None, norm, add]}  # None: a layer
+    block = [part for x in layers for part in (fork, *(part or x for part in orders[order]))]
     learned = f"{cfg.max_len:,} learned positions"
     added = {"sinusoidal": "sinusoids", "sinusoidal_concat": "sinusoids", "learned": learned}.get(cfg.positions)
     types = f"+ {cfg.n_token_types} token types" if cfg.n_token_types else ""
@@ -124,7 +127,7 @@ def _column(cfg: ModelConfig, causal: bool, cross: bool, name: str, head: bool =
         *([Part("add", (added,))] if added else []),
         *([norm] if cfg.norm_embeddings else []),
         *[Part("begin", (f"× {depth}",)), *block, Part("end")],
-        *([norm] if pre else []),
+        *([norm] if order != "post" else []),
         *([_part("head", "Head", tied), Part("name", ("logits",))] if head else []),
     ]
 

@@ -127,7 +127,7 @@ def _t5(d_model: int, n_layers: int, n_heads: int, d_mlp: int) -> ModelConfig:
     return ModelConfig(
         stack="encoder_decoder", vocab_size=32_128, max_len=512,
         d_model=d_model, n_layers=n_layers, n_heads=n_heads, d_head=64, d_mlp=d_mlp,
-        scale_head=True, positions="t5", scale_attention=False,
+        scale_head=True, positions="t5", attention_scale=1.0,
         mlp="relu", norm="rmsnorm", norm_order="pre", norm_eps=1e-6,
         dropout_rate=0.1, attention_dropout_rate=0.1,
     )  # fmt: skip

@@ -237,7 +237,7 @@ def prepare(model, tokens, positions, max_new_tokens, sampler, key, memory) -> t
     pad = ((0, 0), (0, width - T))
     prompt = Prompt(jnp.pad(tokens, pad).astype(jnp.int32), jnp.pad(positions, pad, constant_values=-1))
     n_slots = width + max_new_tokens
-    return prompt, n_slots if cfg.window is None else min(n_slots, cfg.window + width - 1)
+    return prompt, n_slots if cfg.reach is None else min(n_slots, cfg.reach + width - 1)
 
 
 _MEMORY_RULE = {

@@ -4,12 +4,12 @@ and values come from: this sequence (and its cache), or an encoder's output."""
 from typing import NamedTuple, cast
 
 import flax.linen as nn
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from tx_jax.cache import LayerCache, write
 from tx_jax.config import ModelConfig
 from tx_jax.modules.linear import Linear
+from tx_jax.modules.norms import make_qk_norm
 from tx_jax.ops.attention import attention
 from tx_jax.ops.masks import Mask
 from tx_jax.ops.positions import Rotation, rotate
@@ -36,8 +36,7 @@ class Attention(nn.Module):
         self.v = Linear(cfg, cfg.K * cfg.H, "qkv")
         self.out = Linear(cfg, cfg.d_model, "out", residual=True)
         if cfg.qk_norm:
-            self.q_norm = nn.RMSNorm(epsilon=cfg.norm_eps, dtype=jnp.dtype(cfg.dtype))
-            self.k_norm = nn.RMSNorm(epsilon=cfg.norm_eps, dtype=jnp.dtype(cfg.dtype))
+            self.q_norm, self.k_norm = make_qk_norm(cfg), make_qk_norm(cfg)
 
     def keys_values(self, x: Float[Array, "B S D"], turn: Rotation | None = None) -> LayerCache:
         """The keys and values of x, as a cache of S slots."""
@@ -56,7 +55,7 @@ class Attention(nn.Module):
         drop = cfg.attention_dropout_rate > 0 and not deterministic
         heads = attention(
             q, *memory, plan.mask, plan.bias,
-            scale=None if cfg.scale_attention else 1.0,
+            scale=cfg.attention_scale,
             soft_cap=cfg.attention_soft_cap,
             dropout_rate=cfg.attention_dropout_rate,
             dropout_key=self.make_rng("dropout") if drop else None,

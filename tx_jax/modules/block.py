@@ -31,6 +31,10 @@ class Block(nn.Module):
         if self.cross:
             self.cross_attention, self.cross_norm = Attention(cfg), make_norm(cfg)
         self.mlp, self.mlp_norm = MLP(cfg), make_norm(cfg)
+        if cfg.norm_order == "sandwich":
+            self.attention_out_norm, self.mlp_out_norm = make_norm(cfg), make_norm(cfg)
+            if self.cross:
+                self.cross_out_norm = make_norm(cfg)
         self.dropout = nn.Dropout(cfg.dropout_rate)
 
     def __call__(
@@ -45,21 +49,25 @@ class Block(nn.Module):
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         """x after this block, and the cache with this block's new keys and values."""
 
-        def residual(norm: nn.Module, x: Array, sublayer: Callable) -> tuple[Array, LayerCache | None]:
-            y, cache = sublayer(norm(x) if self.cfg.norm_order == "pre" else x)
-            x = x + self.dropout(y, deterministic=deterministic)
-            return (x if self.cfg.norm_order == "pre" else norm(x)), cache
+        order, start = self.cfg.norm_order, x
 
-        x, cache = residual(self.attention_norm, x, lambda h: self.attention(h, plan, cache, deterministic))
+        def residual(name: str, x: Array, read: Array, sublayer: Callable) -> tuple[Array, LayerCache | None]:
+            norm = getattr(self, f"{name}_norm")
+            y, cache = sublayer(read if order == "post" else norm(read))
+            y = getattr(self, f"{name}_out_norm")(y) if order == "sandwich" else y
+            x = x + self.dropout(y, deterministic=deterministic)
+            return (norm(x) if order == "post" else x), cache
+
+        x, cache = residual("attention", x, x, lambda h: self.attention(h, plan, cache, deterministic))
         if self.cross:
             attend: Any = self.cross_attention.attend
-            x, _ = residual(self.cross_norm, x, lambda h: (attend(h, memory, cross_plan, deterministic), None))
-        x, _ = residual(self.mlp_norm, x, lambda h: (self.mlp(h), None))
+            x, _ = residual("cross", x, x, lambda h: (attend(h, memory, cross_plan, deterministic), None))
+        x, _ = residual("mlp", x, start if self.cfg.parallel else x, lambda h: (self.mlp(h), None))
         return x, cache
 
 
 class Stack(nn.Module):
-    """Token vectors to hidden vectors: positions, n blocks and, if pre-norm, a last norm."""
+    """Token vectors to hidden vectors: positions, n blocks and, unless post-norm, a last norm."""
 
     cfg: ModelConfig
     n_layers: int
@@ -73,7 +81,7 @@ class Stack(nn.Module):
         self.dropout = nn.Dropout(cfg.dropout_rate)
         if cfg.norm_embeddings:
             self.first_norm = make_norm(cfg)
-        if cfg.norm_order == "pre":
+        if cfg.norm_order != "post":
             self.last_norm = make_norm(cfg)
 
     def __call__(
@@ -98,16 +106,18 @@ class Stack(nn.Module):
             if positions is None:
                 positions = cache.next_positions()[:, None] + jnp.arange(T)
             positions = jnp.broadcast_to(positions, (B, T))
-            _check_room(positions, cache.positions.shape[1], cfg.window)
+            _check_room(positions, cache.positions.shape[1], cfg.reach)
             slots = slots_of(positions, cache.positions.shape[1])
             k_positions = write(cache.positions, positions, slots)
-        mask = Mask(
-            causal=self.causal, window=cfg.window, prefix=prefix,
-            q_positions=positions, k_positions=k_positions, q_segments=segments, k_segments=segments,
-        )  # fmt: skip
         index = jnp.arange(T)[None] if positions is None else positions
         k_index = index if k_positions is None else k_positions
-        plan = Plan(mask, self.positions.bias(index, k_index), self.positions.turn(index), slots)
+        bias, plans = self.positions.bias(index, k_index), {}
+        for kind in set(cfg.window_pattern):
+            mask = Mask(
+                causal=self.causal, window=cfg.window if kind == "w" else None, prefix=prefix,
+                q_positions=positions, k_positions=k_positions, q_segments=segments, k_segments=segments,
+            )  # fmt: skip
+            plans[kind] = Plan(mask, bias, self.positions.turn(index, kind == "w" and cfg.window is not None), slots)
         cross_plan = Plan(Mask(k_positions=None if memory is None else memory.positions))
 
         x = self.positions.add(x, index)
@@ -117,9 +127,10 @@ class Stack(nn.Module):
         for i, block in enumerate(self.blocks):
             layer = None if cache is None else cache.layers[i]
             source = None if memory is None else memory.layers[i]
+            plan = plans[cfg.window_pattern[i % len(cfg.window_pattern)]]
             x, layer = block(x, plan, layer, source, cross_plan, deterministic=deterministic)
             layers.append(layer)
-        x = self.last_norm(x) if cfg.norm_order == "pre" else x
+        x = self.last_norm(x) if cfg.norm_order != "post" else x
         return x, None if cache is None else cache._replace(layers=tuple(layers), positions=k_positions)
 
     def memory(self, x: Float[Array, "B S D"], positions: Int[Array, "B S"]) -> Cache:

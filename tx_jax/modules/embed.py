@@ -9,6 +9,8 @@ from jaxtyping import Array, Float, Int
 from tx_jax.config import ModelConfig
 from tx_jax.errors import require
 from tx_jax.modules.linear import TABLE_INITS, Linear
+from tx_jax.modules.mlp import ACTIVATIONS
+from tx_jax.modules.norms import make_norm
 
 
 class Embed(nn.Module):
@@ -33,7 +35,10 @@ class Embed(nn.Module):
 
 
 class Head(nn.Module):
-    """Hidden vectors to float32 logits, by the token table if cfg.tie_head, otherwise by a map of its own."""
+    """Hidden vectors to float32 logits, by the token table if cfg.tie_head, otherwise by a map of its own.
+
+    BERT's, with cfg.head_transform, has a map, the activation and a norm before that.
+    """
 
     cfg: ModelConfig
 
@@ -42,7 +47,12 @@ class Head(nn.Module):
         cfg = self.cfg
         if cfg.scale_head:
             x = x * jnp.asarray(cfg.d_model**-0.5, x.dtype)
+        if cfg.head_transform:
+            activation, _ = ACTIVATIONS[cfg.mlp]
+            x = make_norm(cfg, name="norm")(activation(Linear(cfg, cfg.d_model, "out", name="transform")(x)))
         own = Linear(cfg, cast(int, cfg.vocab_size), "head", out_dtype="float32", name="map")
         logits = embed.logits(x) if cfg.tie_head else own(x)
+        if cfg.head_bias:
+            logits += self.param("bias", nn.initializers.zeros, (cfg.vocab_size,)).astype(jnp.float32)
         cap = cfg.head_soft_cap
         return logits if cap is None else cap * jnp.tanh(logits / cap)

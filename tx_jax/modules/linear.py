@@ -15,6 +15,7 @@ BIASES = {  # which linear maps and norms have one
     "norm": frozenset({"norm"}),
     "mlp": frozenset({"norm", "mlp"}),
     "qkv": frozenset({"qkv"}),
+    "attention": frozenset({"qkv", "out"}),
     "all": frozenset({"norm", "mlp", "qkv", "out"}),
 }
 KERNEL_INITS = {  # of a kernel; `share` is 1, or 1/√(2L) for the 2L maps whose results add up in the residual stream

@@ -19,6 +19,7 @@ ACTIVATIONS = {  # name: (function, gated)
     "relu": (jax.nn.relu, False),  # Vaswani et al. 2017, eq. 2
     "gelu": (gelu_exact, False),
     "gelu_tanh": (jax.nn.gelu, False),  # its tanh approximation, as in GPT-2
+    "silu": (jax.nn.silu, False),  # Marian
     "swiglu": (jax.nn.silu, True),  # Shazeer 2020, eq. 6
     "geglu": (gelu_exact, True),
     "geglu_tanh": (jax.nn.gelu, True),  # T5 v1.1, Gemma

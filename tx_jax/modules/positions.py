@@ -22,7 +22,7 @@ FREQUENCIES = {  # of rotary, by RotaryConfig.scaling: radians per token of each
 
 
 def rotation(positions: Int[Array, "b T"], cfg: RotaryConfig, d_head: int) -> ops.Rotation:
-    """The angles of a RotaryConfig for heads of width d_head."""
+    """The angles of a RotaryConfig for heads of which d_head columns are turned."""
     amplitude = ops.yarn_amplitude(cfg.factor) if cfg.scaling == "yarn" else 1.0
     return ops.rotation(positions, FREQUENCIES[cfg.scaling](cfg, d_head), amplitude)
 
@@ -37,8 +37,8 @@ class NoPositions(nn.Module):
         """The embeddings, with what this scheme adds."""
         return x
 
-    def turn(self, positions: Int[Array, "b T"]) -> ops.Rotation | None:
-        """What q and k are turned by."""
+    def turn(self, positions: Int[Array, "b T"], windowed: bool = False) -> ops.Rotation | None:
+        """What q and k are turned by, in layers that see a window or all."""
         return None
 
     def bias(self, q_positions: Int[Array, "b T"], k_positions: Int[Array, "b S"]) -> Float[Array, "b N T S"] | None:
@@ -55,23 +55,27 @@ class Sinusoidal(NoPositions):
 
 
 class Learned(NoPositions):
-    """A (max_len, D) table, as in GPT-2 and BERT."""
+    """A (position_offset + max_len, D) table, as in GPT-2 and BERT."""
 
     def setup(self) -> None:
         init = TABLE_INITS[self.cfg.init](self.cfg.d_model)
-        self.table = self.param("table", init, (self.cfg.max_len, self.cfg.d_model))
+        self.table = self.param("table", init, (self.cfg.position_offset + self.cfg.max_len, self.cfg.d_model))
 
     def add(self, x, positions):
         T, room = x.shape[1], self.cfg.max_len
         require(room >= T, f"{T} tokens exceed max_len={room}, the learned positions; shorten them")
-        return x + self.table.astype(x.dtype)[jnp.maximum(positions, 0)]  # −1 would wrap to the last row
+        rows = self.cfg.position_offset + jnp.maximum(positions, 0)  # −1 would wrap to the last row
+        return x + self.table.astype(x.dtype)[rows]
 
 
 class Rotary(NoPositions):
     """Su et al. 2021 (RoFormer)."""
 
-    def turn(self, positions):
-        return rotation(positions, self.cfg.rotary, self.cfg.H)
+    def turn(self, positions, windowed=False):
+        rotary = self.cfg.rotary
+        if windowed and rotary.window_base is not None:
+            rotary = RotaryConfig(base=rotary.window_base, fraction=rotary.fraction)
+        return rotation(positions, rotary, int(self.cfg.H * rotary.fraction))
 
 
 class Alibi(NoPositions):

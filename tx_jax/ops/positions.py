@@ -96,17 +96,20 @@ def rotate(
 ) -> Float[Array, "B T heads H"]:
     """q or k turned by its position, in float32; x itself where there is nothing to turn by.
 
-    Pairs are (i, i + H/2), as in Hugging Face's LLaMA; if `interleaved`, (2i, 2i + 1), as in the paper.
+    Pairs are (i, i + H/2), as in Hugging Face's LLaMA; if `interleaved`, (2i, 2i + 1), as in the paper. A turn of fewer
+    than H/2 angles turns the first columns of each head, and leaves the rest.
 
     Source: Su et al. 2021 (RoFormer), eq. 34.
     """
     if turn is None:
         return x
-    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], *((-1, 2) if interleaved else (2, -1)))
+    n = 2 * turn.cos.shape[-1]
+    pairs = x[..., :n].astype(jnp.float32).reshape(*x.shape[:-1], *((-1, 2) if interleaved else (2, -1)))
     axis = -1 if interleaved else -2
     a, b = pairs.take(0, axis), pairs.take(1, axis)
     turned = jnp.stack([a * turn.cos - b * turn.sin, b * turn.cos + a * turn.sin], axis=axis)
-    return turned.reshape(x.shape).astype(x.dtype)
+    turned = turned.reshape(*x.shape[:-1], n).astype(x.dtype)
+    return turned if n == x.shape[-1] else jnp.concatenate([turned, x[..., n:]], axis=-1)
 
 
 def alibi_slopes(n_heads: int) -> np.ndarray:

@@ -1,0 +1,263 @@
+"""Public models, in and out: a Hugging Face directory, or a GGUF file, as a ModelConfig and a parameter tree.
+
+Which family a directory holds is read from its config.json; which one can hold a model of ours is found by trying:
+the first family whose config.json, read back, gives the same model.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from tx_jax.config import ModelConfig, RotaryConfig
+from tx_jax.convert.decoders import DECODERS
+from tx_jax.convert.encoders import ENCODERS, TRANSLATORS
+from tx_jax.convert.family import Family
+from tx_jax.convert.fields import read_model_config
+from tx_jax.convert.files import INDEX, WEIGHTS, Tensors, open_safetensors, save_safetensors
+from tx_jax.convert.mapping import check_names, entries, leaf_shapes, match_names, pack, unpack
+from tx_jax.errors import InputError, require
+from tx_jax.parallel import shardings
+
+FAMILIES = DECODERS + ENCODERS + TRANSLATORS
+SPECIAL_IDS = (
+    "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id",
+    "forced_eos_token_id",
+)  # fmt: skip
+DTYPES = {None: None, "float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+
+
+class Pretrained(NamedTuple):
+    """A public model."""
+
+    cfg: ModelConfig
+    params: dict
+    special_ids: dict[str, Any]  # bos_token_id, eos_token_id, …: those of SPECIAL_IDS that the files give
+    architecture: str  # of transformers
+
+
+def load_pretrained(
+    path: str | os.PathLike[str], *, dtype: str | None = "float32", mesh: Mesh | None = None
+) -> Pretrained:
+    """The model in a Hugging Face directory with safetensors, tensor by tensor.
+
+    Args:
+        dtype: of the parameters: float32, bfloat16, float16; None: as they are stored.
+        mesh: place each parameter by its sharding on this mesh; None: the first device.
+
+    Raises:
+        InputError: there is no such model, its architecture or an option of its config is not honoured, or its tensors
+            are not those of its config.
+    """
+    require(dtype in DTYPES, f"dtype={dtype!r} is not one of float32, bfloat16, float16, or None, as stored")
+    root = Path(path).expanduser()
+    values = read_json(root / "config.json")
+    family, cfg = read_family(values, str(root / "config.json"))
+    generation = root / "generation_config.json"
+    ids = values | (read_json(generation) if generation.exists() else {})
+    cfg, params = load_tensors(family, cfg, open_safetensors(root), str(root), dtype, mesh)
+    special = {key: ids[key] for key in SPECIAL_IDS if ids.get(key) is not None}
+    return Pretrained(cfg, params, special, family.architecture)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        InputError: it cannot be read, is over a megabyte, or holds no JSON object.
+    """
+    try:
+        require(path.stat().st_size <= 1_000_000, f"{path} has {path.stat().st_size} bytes; at most 1,000,000 are read")
+        values = json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"cannot read {path} ({error.strerror}); give a directory in Hugging Face's layout") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON ({error!s:.80}); fetch it again") from error
+    require(isinstance(values, dict), f"{path} is not a JSON object; fetch it again")
+    return values
+
+
+def read_family(values: Mapping[str, Any], where: str) -> tuple[Family, ModelConfig]:
+    """The family that a config.json names, and its ModelConfig.
+
+    Raises:
+        InputError: the architecture is unknown, or an option is not honoured.
+    """
+    named, kind = values.get("architectures") or [None], values.get("model_type")
+    name = named[0] if isinstance(named, list) and named else None
+    fits = [family for family in FAMILIES if (family.architecture == name if name else family.model_type == kind)]
+    known = ", ".join(dict.fromkeys(family.architecture for family in FAMILIES))
+    require(fits, f"{where} has architectures={named!r:.80}, model_type={kind!r:.40}; those read are {known}")
+    error = InputError()
+    for family in fits:  # of one name in several forms, the first that has all of its options
+        try:
+            return family, read_model_config(family.base, family.fields, values, where)
+        except InputError as reason:
+            error = reason
+    raise error
+
+
+def load_tensors(
+    family: Family, cfg: ModelConfig, tensors: Tensors, where: str, dtype: str | None, mesh: Mesh | None
+) -> tuple[ModelConfig, dict]:
+    """The parameter tree, and the config as the tensors have it: with a head of its own if theirs is not the table.
+
+    Raises:
+        InputError: the tensors are not those of the config.
+    """
+    depth = cfg.n_layers + (cfg.n_encoder_layers or 0)
+    require(depth <= len(tensors.shapes), f"{where} has {len(tensors.shapes)} tensors, too few for {depth} layers")
+    for name, says in family.absent.items():
+        if not any(found.endswith(name) for found in tensors.shapes):
+            cfg = dataclasses.replace(cfg, **says)
+    unused = family.unused
+    if cfg.tie_head and family.head in tensors.shapes:
+        if _repeats_table(family, tensors):
+            unused = f"{unused}|{family.head}"
+        else:
+            cfg = dataclasses.replace(cfg, tie_head=False)  # as transformers 5 does; T5 v1.1 says nothing else of it
+    shapes = leaf_shapes(cfg)
+    expected = entries(family.table, shapes)
+    names = match_names(tensors.shapes, expected, family.prefix, family.outer)
+    check_names({ours: tensors.shapes[name] for name, ours in names.items()}, expected, unused, where)
+    place = _place(cfg, mesh)
+
+    def put(path: str, leaf: np.ndarray) -> jax.Array:
+        kind = DTYPES[dtype] or (leaf.dtype if leaf.dtype != np.float64 else jnp.float32)
+        leaf = leaf if leaf.dtype == kind else leaf.astype(kind)
+        return jax.device_put(leaf, place[path]) if mesh else jnp.asarray(leaf)
+
+    return cfg, unpack(tensors, names, expected, cfg.H, put, where)
+
+
+def _repeats_table(family: Family, tensors: Tensors) -> bool:
+    table = next(name for name, row in family.table.items() if row == "embed/table")
+    wanted = {family.head, table, table.removeprefix(family.prefix)}
+    if len({tensors.shapes[name] for name in wanted & set(tensors.shapes)}) > 1:
+        return False
+    found = [tensor for name, tensor in tensors.read() if name in wanted]
+    return len(found) == 2 and np.array_equal(*found)
+
+
+def _place(cfg: ModelConfig, mesh: Mesh | None) -> dict[str, Any]:
+    if mesh is None:
+        return {}
+    flat = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in leaf_shapes(cfg).items()}
+    return shardings(flat, mesh)
+
+
+def save_pretrained(
+    directory: str | os.PathLike[str],
+    cfg: ModelConfig,
+    params: dict,
+    *,
+    special_ids: Mapping[str, Any] | None = None,
+    architecture: str | None = None,
+    dtype: str | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+) -> str:
+    """Write a directory that transformers loads: config.json, generation_config.json, safetensors. Its architecture.
+
+    Args:
+        special_ids: bos_token_id and so on, for both configs.
+        architecture: of transformers, where several could hold the model; None: the first that can.
+        dtype: of the tensors; None: that of the parameters.
+
+    Raises:
+        InputError: no architecture can hold this model, or the directory holds a model already.
+    """
+    require(dtype in DTYPES, f"dtype={dtype!r} is not one of float32, bfloat16, float16, or None, as they are")
+    root = Path(directory).expanduser()
+    taken = [name for name in ("config.json", WEIGHTS, INDEX) if (root / name).exists()]
+    require(not taken, f"{root} holds {', '.join(taken)} already; name another directory")
+    family, cfg = find_family(cfg, architecture)
+    values = write_config(family, cfg)
+    expected = entries(family.table, leaf_shapes(cfg))
+    kind = DTYPES[dtype]
+
+    def tensors() -> Iterator[tuple[str, np.ndarray]]:
+        for name, tensor in pack(params, expected, cfg.H):
+            yield name, tensor if kind is None else tensor.astype(kind)
+
+    save_safetensors(root, tensors(), max_shard_bytes)
+    stored = dtype or str(next(iter(jax.tree.leaves(params))).dtype)
+    ids = {key: value for key, value in (special_ids or {}).items() if value is not None}
+    _write_json(root / "config.json", values | ids | {"torch_dtype": stored})
+    if cfg.stack != "encoder":
+        _write_json(root / "generation_config.json", {**ids, "_from_model_config": True})
+    return family.architecture
+
+
+def write_config(family: Family, cfg: ModelConfig) -> dict[str, Any]:
+    """What a family's config.json says of a model."""
+    values: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
+    for field in family.fields:
+        values |= field.write(cfg)
+    return values
+
+
+def find_family(cfg: ModelConfig, architecture: str | None = None) -> tuple[Family, ModelConfig]:
+    """The first family that can hold a model of this config, and the config as it holds it: with biases of zero where
+    the family has some and the model has none.
+
+    Raises:
+        InputError: there is none.
+    """
+    known = ", ".join(dict.fromkeys(family.architecture for family in FAMILIES))
+    families = [family for family in FAMILIES if architecture in (None, family.architecture)]
+    require(families, f"architecture={architecture!r} is not one of {known}")
+    nearest: list[str] | None = None
+    for family in families:
+        for biases in dict.fromkeys((cfg.biases, *WIDER[cfg.biases])):
+            wide = dataclasses.replace(cfg, biases=biases)
+            try:
+                back = read_model_config(family.base, family.fields, write_config(family, wide), family.architecture)
+            except InputError:
+                continue
+            wanted, found = (dataclasses.asdict(resolved(one)) for one in (wide, back))
+            differs = [name for name in wanted if wanted[name] != found[name]]
+            for says in family.absent.values():
+                differs = [one for one in differs if says.get(one) != wanted[one]]
+            if differs == ["tie_head"] and not cfg.tie_head and family.head in entries(family.table, leaf_shapes(wide)):
+                differs = []  # the head's presence says it
+            if not differs:
+                return family, wide
+            if nearest is None or len(differs) < len(nearest):
+                nearest = [f"{name}={wanted[name]!r} ({family.architecture} has {found[name]!r})" for name in differs]
+    raise InputError(f"no architecture that is written here has {', '.join(nearest or ['this'])}; write it yourself")
+
+
+WIDER = {  # biases that hold those of the key, others being zero
+    "none": ("norm", "qkv", "mlp", "attention", "all"), "norm": ("mlp", "all"), "mlp": ("all",),
+    "qkv": ("attention", "all"), "attention": ("all",), "all": (),
+}  # fmt: skip
+
+
+def resolved(cfg: ModelConfig) -> ModelConfig:
+    """The config with what defaults stand for, and without what changes no logit: two that are equal are one model."""
+    unset = {
+        "n_encoder_layers": cfg.n_encoder_layers or cfg.n_layers if cfg.stack == "encoder_decoder" else None,
+        "tie_source": cfg.tie_source or cfg.stack != "encoder_decoder",
+        "window_pattern": (cfg.window_pattern * cfg.n_layers)[: cfg.n_layers] if cfg.window else "w",
+        "rotary": cfg.rotary if cfg.positions.startswith("rotary") else RotaryConfig(),
+        "biases": "none" if cfg.biases == "norm" and cfg.norm != "layernorm" else cfg.biases,
+        "position_offset": cfg.position_offset if cfg.positions == "learned" else 0,
+        "n_buckets": cfg.n_buckets if cfg.positions == "t5" else 32,
+        "max_distance": cfg.max_distance if cfg.positions == "t5" else 128,
+        "attention_scale": cfg.attention_scale or cfg.H**-0.5,
+    }
+    training = {"dropout_rate": 0.0, "attention_dropout_rate": 0.0, "init": "normal", "dtype": "float32"}
+    return dataclasses.replace(cfg, n_kv_heads=cfg.K, d_head=cfg.H, d_mlp=cfg.F, **unset, **training)
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(part, path)
