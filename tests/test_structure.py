@@ -13,8 +13,9 @@ RANKS = {  # of every module of the package
     "config": 0,
     "ops.masks": -1, "ops.attention": 0, "ops.positions": 0,
     "training.losses": 0, "decoding.samplers": 0,
-    "data.tokenizers": 0, "data.corpora": 0, "data.batches": 0,
+    "data.tokenizers": 0, "data.corpora": 0, "data.batches": 0, "convert.files": 0,
     "presets": 1, "cache": 1, "parallel": 1, "checkpoint": 1, "training.optim": 1, "modules.linear": 1,
+    "convert.gguf": 1,
     "modules.attention": 2, "modules.mlp": 2, "modules.embed": 2, "modules.norms": 2, "modules.positions": 2,
     "command_line": 2,
     "modules.block": 3,
@@ -74,7 +75,7 @@ def test_launchers_and_checkpoints_see_no_model(name):
 
 
 def test_import_is_quick():
-    heavy = {"orbax", "grain", "tyro", "matplotlib", "torch", "transformers"}  # Flax brings rich
+    heavy = {"orbax", "grain", "tyro", "matplotlib", "torch", "transformers", "gguf"}  # Flax brings rich
     code = f"import sys, tx_jax; print(*{heavy} & sys.modules.keys())"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent, timeout=100
