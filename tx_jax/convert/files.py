@@ -66,14 +66,12 @@ def open_safetensors(path: str | os.PathLike[str]) -> Tensors:
         InputError: there are no such files, they are damaged or contradict each other, or lie outside the directory;
             on reading, a dtype that is not in DTYPES.
     """
-    root = Path(path).expanduser()
+    root = Path(os.path.expanduser(path))
     entries: dict[str, Entry] = {}
-    for file, promised in (_shards(root) if root.is_dir() else {_no_pickle(root): None}).items():
+    for file, names in (_shards(root) if os.path.isdir(root) else {_no_pickle(root): None}).items():
         found = _entries(file)
-        for name in found.keys() ^ (found.keys() if promised is None else promised):
-            rule = (
-                "has no tensor {}, which {} promises" if name in promised else "has a tensor {}, which {} does not name"
-            )
+        for name in found.keys() ^ (found.keys() if names is None else names):
+            rule = "holds {}, which {} does not put there" if name in found else "lacks {}, which {} puts there"
             raise InputError(f"{file} {rule.format(brief(name), INDEX)}; fetch both again")
         entries |= found
     dtypes = {name: DTYPES[at.dtype].name if at.dtype in DTYPES else at.dtype for name, at in entries.items()}
@@ -95,7 +93,7 @@ def save_safetensors(
             in DTYPES.
     """
     require(max_shard_bytes > 0, f"max_shard_bytes={max_shard_bytes} must be positive; 5 * 10**9 is usual")
-    root = Path(directory).expanduser()
+    root = Path(os.path.expanduser(directory))
     parts: list[Path] = []
     names: list[list[str]] = []
     total = 0
@@ -109,7 +107,10 @@ def save_safetensors(
             names.append(list(shard))
             total += sum(array.nbytes for array in shard.values())
             with _writing(root):
+                parts[-1].touch()
+                mode = parts[-1].stat().st_mode  # the library's files are for their owner alone
                 save_file(shard, parts[-1], dict(metadata))
+                parts[-1].chmod(mode)
             del shard  # before the next one fills
         with _writing(root):
             _publish(root, parts, names, total)
@@ -151,10 +152,9 @@ def brief(value: Any, length: int = 80) -> str:
 
 
 def _no_pickle(path: Path) -> Path:
-    unsafe = "is a pickle, which can run any code when it is loaded"
-    require(
-        path.suffix not in PICKLES, f"{path} {unsafe}; give safetensors (transformers' save_pretrained writes them)"
-    )
+    rule = "is a pickle, which can run any code when it is loaded"
+    remedy = "give safetensors, which transformers' save_pretrained writes"
+    require(path.suffix not in PICKLES, f"{path} {rule}; {remedy}")
     return path
 
 
@@ -163,7 +163,7 @@ def _shards(root: Path) -> dict[Path, set[str] | None]:
     if os.path.isfile(root / WEIGHTS):
         return {_inside(root, WEIGHTS): None}
     if not os.path.isfile(root / INDEX):
-        found = sorted(file.name for file in root.iterdir() if file.suffix in (".safetensors", *PICKLES))
+        found = sorted(file.name for file in root.glob("*") if file.suffix in (".safetensors", *PICKLES))
         safe = [name for name in found if name.endswith(".safetensors")]
         _no_pickle(root / (found[0] if found and not safe else WEIGHTS))
         remedy = f"give {root / safe[0]}" if safe else "give a directory of weights"
@@ -173,7 +173,8 @@ def _shards(root: Path) -> dict[Path, set[str] | None]:
         text = file.read(HEADER_LIMIT + 1)
         require(len(text) <= HEADER_LIMIT, f"it has more than {HEADER_LIMIT} bytes")
         found = _json_object(text).get("weight_map")
-        require(isinstance(found, dict), "it has no weight_map")
+        if not isinstance(found, dict):
+            raise InputError("it has no weight_map")
         where = {name: shard for name, shard in found.items() if isinstance(shard, str)}
         require(len(where) == len(found), "its weight_map gives a shard that is no string")
     promised = collections.defaultdict(set)

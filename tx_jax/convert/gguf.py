@@ -42,7 +42,7 @@ class Entry(NamedTuple):
 
 def is_gguf(path: str | os.PathLike[str]) -> bool:
     """Whether a path is a file that begins as GGUF does."""
-    file = Path(path).expanduser()
+    file = Path(os.path.expanduser(path))
     if not os.path.isfile(file):
         return False
     with reading(file) as opened:
@@ -58,7 +58,7 @@ def open_gguf(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Tensors]:
         InputError: there is no such file, it is damaged, or the package gguf is missing; on reading, a type of tensor
             that is neither.
     """
-    file = Path(path).expanduser()
+    file = Path(os.path.expanduser(path))
     constants = _package().constants
     with reading(file) as opened:
         size = os.fstat(opened.fileno()).st_size
