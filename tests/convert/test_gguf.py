@@ -1,4 +1,4 @@
-"""GGUF against the package gguf's own writer and reader, and K-quants against their layout in ggml; then the refusals."""
+"""GGUF against the package gguf's own writer and reader, and K-quants against ggml's layout."""
 
 import re
 import struct
@@ -54,7 +54,7 @@ def written(path, tensors, **fields):
 
 def random_blocks(kind, rows, blocks, seed=5):
     """Random bytes, where those that are a float16 scale are finite."""
-    n_elements, n_bytes = gguf.GGML_QUANT_SIZES[kind]
+    _, n_bytes = gguf.GGML_QUANT_SIZES[kind]
     rng = np.random.default_rng(seed)
     raw = rng.integers(0, 256, (rows, blocks, n_bytes), dtype=np.uint8)
     scales = {"Q2_K": [80, 82], "Q3_K": [108], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208]}
@@ -154,7 +154,8 @@ def test_metadata(tmp_path):
         "i16": (-300, kinds.INT16), "u16": (60_000, kinds.UINT16), "i32": (-(2**31), kinds.INT32),
         "u32": (2**32 - 1, kinds.UINT32), "i64": (-(2**63), kinds.INT64), "u64": (2**64 - 1, kinds.UINT64),
         "f32": (0.5, kinds.FLOAT32), "f64": (0.1, kinds.FLOAT64), "words": (["a", "", "ü"], *of),
-        "numbers": ([1, -2], *of), "floats": ([0.5], *of), "flags": ([True, False], *of), "nested": ([[1, 2], [3]], *of),
+        "numbers": ([1, -2], *of), "floats": ([0.5], *of), "flags": ([True, False], *of),
+        "nested": ([[1, 2], [3]], *of),
     }  # fmt: skip
     metadata, tensors = open_gguf(written(tmp_path / "a.gguf", {}, **fields))
     wanted = {key: value[0] for key, value in fields.items()} | {"general.architecture": "llama"}
