@@ -25,6 +25,7 @@ from safetensors.numpy import save_file
 from tx_jax.errors import InputError, require
 
 HEADER_LIMIT = 25_000_000  # bytes; the largest headers in use have some 10 MB, nearly all of it a GGUF vocabulary
+MAX_TENSORS = 2**16  # in one file; those in use have some thousands
 DTYPES = {  # that NumPy and JAX compute with, by their name in a header
     "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16), "BOOL": np.dtype(np.bool_),
@@ -203,8 +204,10 @@ def _entries(path: Path) -> dict[str, Entry]:
         require(length <= HEADER_LIMIT, f"its header has {length} bytes, more than {HEADER_LIMIT}")
         require(length <= room, f"its header has {length} bytes, but {room} are left")
         header = _json_object(file.read(length))
+        header.pop("__metadata__", None)
+        require(len(header) <= MAX_TENSORS, f"it has {len(header)} tensors, more than {MAX_TENSORS}")
         with safe_open(path, "np"):  # the library's judgement of names, dtypes, shapes, and the bytes they cover
-            header.pop("__metadata__", None)
+            pass
         found = [_entry(path, 8 + length, name, about) for name, about in header.items()]
     return dict(sorted(found, key=lambda item: item[1].start))
 

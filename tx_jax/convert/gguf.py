@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from tx_jax.convert.files import HEADER_LIMIT, Tensors, brief, check_shape, fill, reading
+from tx_jax.convert.files import HEADER_LIMIT, MAX_TENSORS, Tensors, brief, check_shape, fill, reading
 from tx_jax.errors import InputError, require
 
 # The value types of the metadata, and the fewest bytes that a value of each takes.
@@ -23,7 +23,6 @@ NUMBERS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4",
 BOOL, STRING, ARRAY = 7, 8, 9
 FEWEST_BYTES = {kind: np.dtype(number).itemsize for kind, number in NUMBERS.items()} | {BOOL: 1, STRING: 8, ARRAY: 12}
 MAX_DEPTH = 8  # of arrays in arrays; files in use have one level
-MOST = 2**16  # tensors, and keys; files in use have some thousands
 
 NATIVE = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
 QUANTISED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
@@ -97,7 +96,8 @@ def _header(head: bytes) -> tuple[dict[str, Any], dict[str, tuple[Any, ...]], in
     require(version in (2, 3), f"its version is {version}, not 2 or 3")
     at = 24
     _suffices(head, at, 24 * n_tensors + 13 * n_pairs)  # without dimensions, names and keys; with values of a byte
-    require(max(n_tensors, n_pairs) <= MOST, f"it has {n_tensors} tensors and {n_pairs} keys, more than {MOST}")
+    counts = f"it has {n_tensors} tensors and {n_pairs} keys, more than {MAX_TENSORS}"
+    require(max(n_tensors, n_pairs) <= MAX_TENSORS, counts)
     metadata: dict[str, Any] = {}
     for _ in range(n_pairs):
         (key,), at = _values(head, at, STRING, 1)
