@@ -13,7 +13,7 @@ RANKS = {  # of every module of the package
     "config": 0,
     "ops.masks": -1, "ops.attention": 0, "ops.positions": 0,
     "training.losses": 0, "decoding.samplers": 0,
-    "data.tokenizers": 0, "data.corpora": 0, "data.batches": 0,
+    "data.tokenizers": 0, "data.corpora": 0, "data.batches": 0, "convert.files": 0,
     "presets": 1, "cache": 1, "parallel": 1, "checkpoint": 1, "training.optim": 1, "modules.linear": 1,
     "modules.mlp": 2, "modules.norms": 2, "modules.positions": 2, "command_line": 2,
     "modules.attention": 3, "modules.embed": 3,
@@ -21,7 +21,7 @@ RANKS = {  # of every module of the package
     "models": 5,
     "decoding.generate": 6, "training.step": 6, "inspect": 6, "training.report": 7,
     "training.loop": 8,
-    "convert.layouts": 0, "convert.fields": 1, "convert.mapping": 6, "convert.family": 7,
+    "convert.layouts": 0, "convert.gguf": 1, "convert.fields": 1, "convert.mapping": 6, "convert.family": 7,
     "convert.decoders": 8, "convert.encoders": 8, "convert.pretrained": 9,
     "": 10,  # the public surface
 }  # fmt: skip
@@ -76,7 +76,7 @@ def test_launchers_and_checkpoints_see_no_model(name):
 
 
 def test_import_is_quick():
-    heavy = {"orbax", "grain", "tyro", "matplotlib", "torch", "transformers"}  # Flax brings rich
+    heavy = {"orbax", "grain", "tyro", "matplotlib", "torch", "transformers", "gguf"}  # Flax brings rich
     code = f"import sys, tx_jax; print(*{heavy} & sys.modules.keys())"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent, timeout=100
