@@ -42,7 +42,12 @@ class Tensors(NamedTuple):
 
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]  # NumPy's name, such as "bfloat16"; of what cannot be read, the file's
-    read: Callable[[], Iterator[tuple[str, np.ndarray]]]  # C-contiguous; may be called again
+    read: Callable[..., Iterator[tuple[str, np.ndarray]]]  # all, or those of the names given; C-contiguous
+
+
+def reader(entries: dict[str, Any], stream: Callable[[dict[str, Any]], Iterator]) -> Callable[..., Iterator]:
+    """What `Tensors.read` is, from what streams entries."""
+    return lambda names=None: stream({name: at for name, at in entries.items() if names is None or name in names})
 
 
 class Entry(NamedTuple):
@@ -76,7 +81,7 @@ def open_safetensors(path: str | os.PathLike[str]) -> Tensors:
             raise InputError(f"{file} {rule.format(brief(name), INDEX)}; fetch both again")
         entries |= found
     dtypes = {name: DTYPES[at.dtype].name if at.dtype in DTYPES else at.dtype for name, at in entries.items()}
-    return Tensors({name: at.shape for name, at in entries.items()}, dtypes, lambda: _stream(entries))
+    return Tensors({name: at.shape for name, at in entries.items()}, dtypes, reader(entries, _stream))
 
 
 def save_safetensors(

@@ -4,6 +4,7 @@ The header is parsed here, within bounds, as the reader of the package gguf take
 for a hostile length. That package dequantises. Source: github.com/ggml-org/ggml, docs/gguf.md.
 """
 
+import functools
 import itertools
 import math
 import os
@@ -15,7 +16,7 @@ from typing import Any, BinaryIO, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from tx_jax.convert.files import HEADER_LIMIT, MAX_TENSORS, Tensors, brief, check_shape, fill, reading
+from tx_jax.convert.files import HEADER_LIMIT, MAX_TENSORS, Tensors, brief, check_shape, fill, reader, reading
 from tx_jax.errors import InputError, require
 
 # The value types of the metadata, and the fewest bytes that a value of each takes.
@@ -77,7 +78,7 @@ def open_gguf(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Tensors]:
         name: at.kind if _unread(at.kind) else NATIVE.get(at.kind, NATIVE["F32"]).name for name, at in entries.items()
     }
     shapes = {name: at.shape for name, at in entries.items()}
-    return metadata, Tensors(shapes, dtypes, lambda: _stream(file, entries))
+    return metadata, Tensors(shapes, dtypes, reader(entries, functools.partial(_stream, file)))
 
 
 def _package() -> Any:

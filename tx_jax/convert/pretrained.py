@@ -22,6 +22,8 @@ from tx_jax.convert.encoders import ENCODERS, TRANSLATORS
 from tx_jax.convert.family import Family
 from tx_jax.convert.fields import read_model_config
 from tx_jax.convert.files import INDEX, WEIGHTS, Tensors, open_safetensors, save_safetensors
+from tx_jax.convert.gguf import is_gguf, open_gguf
+from tx_jax.convert.gguf_models import ROPE_FREQS, gguf_values, with_rope_freqs
 from tx_jax.convert.mapping import check_names, entries, leaf_shapes, match_names, pack, unpack
 from tx_jax.errors import InputError, require
 from tx_jax.parallel import shardings
@@ -31,6 +33,7 @@ SPECIAL_IDS = (
     "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id",
     "forced_eos_token_id",
 )  # fmt: skip
+GGUF_IDS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
 DTYPES = {None: None, "float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 
@@ -46,7 +49,7 @@ class Pretrained(NamedTuple):
 def load_pretrained(
     path: str | os.PathLike[str], *, dtype: str | None = "float32", mesh: Mesh | None = None
 ) -> Pretrained:
-    """The model in a Hugging Face directory with safetensors, tensor by tensor.
+    """The model in a Hugging Face directory with safetensors, or in a GGUF file, tensor by tensor.
 
     Args:
         dtype: of the parameters: float32, bfloat16, float16; None: as they are stored.
@@ -58,6 +61,8 @@ def load_pretrained(
     """
     require(dtype in DTYPES, f"dtype={dtype!r} is not one of float32, bfloat16, float16, or None, as stored")
     root = Path(path).expanduser()
+    if is_gguf(root):
+        return _load_gguf(root, dtype, mesh)
     values = read_json(root / "config.json")
     family, cfg = read_family(values, str(root / "config.json"))
     generation = root / "generation_config.json"
@@ -65,6 +70,17 @@ def load_pretrained(
     cfg, params = load_tensors(family, cfg, open_safetensors(root), str(root), dtype, mesh)
     special = {key: ids[key] for key in SPECIAL_IDS if ids.get(key) is not None}
     return Pretrained(cfg, params, special, family.architecture)
+
+
+def _load_gguf(path: Path, dtype: str | None, mesh: Mesh | None) -> Pretrained:
+    metadata, tensors = open_gguf(path)
+    family, values = gguf_values(metadata)
+    cfg = read_model_config(family.base, family.fields, values, str(path))
+    for _, divisors in tensors.read({ROPE_FREQS}):
+        cfg = with_rope_freqs(cfg, divisors)
+    cfg, params = load_tensors(family, cfg, tensors, str(path), dtype, mesh)
+    ids = {key: metadata.get(f"tokenizer.ggml.{name}_token_id") for key, name in GGUF_IDS.items()}
+    return Pretrained(cfg, params, {key: i for key, i in ids.items() if i is not None}, family.architecture)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -115,7 +131,7 @@ def load_tensors(
     depth = cfg.n_layers + (cfg.n_encoder_layers or 0)
     require(depth <= len(tensors.shapes), f"{where} has {len(tensors.shapes)} tensors, too few for {depth} layers")
     for name, says in family.absent.items():
-        if not any(found.endswith(name) for found in tensors.shapes):
+        if not {name, family.prefix + name, family.outer + name} & set(tensors.shapes):
             cfg = dataclasses.replace(cfg, **says)
     unused = family.unused
     if cfg.tie_head and family.head in tensors.shapes:
@@ -142,7 +158,7 @@ def _repeats_table(family: Family, tensors: Tensors) -> bool:
     wanted = {family.head, table, table.removeprefix(family.prefix)}
     if len({tensors.shapes[name] for name in wanted & set(tensors.shapes)}) > 1:
         return False
-    found = [tensor for name, tensor in tensors.read() if name in wanted]
+    found = [tensor for _, tensor in tensors.read(wanted)]
     return len(found) == 2 and np.array_equal(*found)
 
 
