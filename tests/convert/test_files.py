@@ -11,10 +11,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
-import transformers
 from safetensors.numpy import load_file, save_file
-from safetensors.torch import load_file as load_torch
 
 from tx_jax.convert.files import DTYPES, INDEX, WEIGHTS, open_safetensors, save_safetensors
 from tx_jax.errors import InputError
@@ -52,7 +49,7 @@ def test_to_disk_and_back(tmp_path):
         tensors = open_safetensors(path)
         assert_same(tensors.read(), some())
         assert_same(tensors.read(), some())  # again
-        assert tensors.shapes == {name: array.shape for name, array in some().items()} | {}
+        assert tensors.shapes == {name: array.shape for name, array in some().items()}
         assert tensors.dtypes == {name: array.dtype.name for name, array in some().items()}
 
 
@@ -61,7 +58,8 @@ def test_reads_what_others_write_and_is_read_by_them(tmp_path):
     assert_same(open_safetensors(tmp_path / "theirs.safetensors").read(), some())
     save_safetensors(tmp_path / "new" / "ours", some().items())
     assert_same(load_file(tmp_path / "new" / "ours" / WEIGHTS), some())
-    found = load_torch(tmp_path / "new" / "ours" / WEIGHTS)
+    torch = pytest.importorskip("torch")
+    found = pytest.importorskip("safetensors.torch").load_file(tmp_path / "new" / "ours" / WEIGHTS)
     assert found["bfloat16"].dtype == torch.bfloat16
     assert found["bfloat16"].view(torch.uint8).numpy().tobytes() == some()["bfloat16"].tobytes()
 
@@ -89,6 +87,7 @@ def test_shards(tmp_path):
 
 @pytest.mark.parametrize("max_shard_bytes", [10**9, 20_000])
 def test_transformers_loads_it(tmp_path, max_shard_bytes):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
         vocab_size=101, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
     )
@@ -276,6 +275,7 @@ except ValueError as error:
 def test_a_full_disk_leaves_nothing(tmp_path):
     command = [sys.executable, "-c", FULL, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
-    assert f"cannot write weights into {tmp_path} (Error while serializing: I/O error: File too large" in done.stdout
+    assert f"cannot write weights into {tmp_path} (Error while serializing: " in done.stdout
+    assert "File too large" in done.stdout
     assert done.stdout.endswith("; make room there, or use another directory\n")
     assert os.listdir(tmp_path) == []

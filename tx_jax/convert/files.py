@@ -249,7 +249,6 @@ def _stream(entries: dict[str, Entry]) -> Iterator[tuple[str, np.ndarray]]:
                 array = np.empty(at.shape, DTYPES[at.dtype])
                 fill(file, at.start, array)
                 yield name, array
-                del array  # before the next one is made
 
 
 def _batches(tensors: Iterable[tuple[str, np.ndarray]], max_bytes: int) -> Iterator[dict[str, np.ndarray]]:

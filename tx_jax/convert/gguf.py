@@ -198,7 +198,6 @@ def _stream(path: Path, entries: dict[str, Entry]) -> Iterator[tuple[str, np.nda
             else:
                 _dequantise(file, at, array.reshape(-1))
             yield name, array
-            del array  # before the next one is made
 
 
 def _dequantise(file: BinaryIO, at: Entry, out: np.ndarray) -> None:
