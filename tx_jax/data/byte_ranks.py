@@ -35,7 +35,7 @@ class TiktokenTokenizer:
     chat_template: str | None = dataclasses.field(default=None, repr=False)  # Jinja, for data.chat
 
     def __post_init__(self) -> None:
-        check_ends(self)
+        check_ends(self.vocab_size, (self.bos_id, *self.eos_ids))
 
     @functools.cached_property
     def _tokens(self) -> Mapping[int, bytes]:

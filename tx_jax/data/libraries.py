@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol, SupportsIndex
+from typing import Any, Protocol, SupportsIndex, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32
@@ -20,6 +20,7 @@ VOCABULARIES = ("tokenizer.json", "tokenizer.model", "tokenizer.tiktoken")  # wh
 AGAIN = "take the file from the model's publisher again"
 
 
+@runtime_checkable
 class Ends(Protocol):
     """A tokenizer that knows which ids begin and end a text."""
 
@@ -29,8 +30,6 @@ class Ends(Protocol):
     def eos_ids(self) -> tuple[int, ...]: ...
     @property
     def chat_template(self) -> str | None: ...
-    @property
-    def vocab_size(self) -> int: ...
     def token(self, i: int) -> str: ...
 
 
@@ -111,17 +110,17 @@ def write_vocabulary(
     other = [file for file in VOCABULARIES if file != name and (Path(directory) / file).exists()]
     require(not other, f"{directory} holds another kind of tokenizer ({', '.join(other)}); save in an empty directory")
     replace_file(Path(directory) / name, content)
-    text = json.dumps({key: value for key, value in config.items() if value is not None}, indent=2, ensure_ascii=False)
+    text = json.dumps(config, indent=2)
     replace_file(Path(directory) / CONFIG, (text + "\n").encode("utf-8"))
 
 
 def config_of(self: Ends) -> dict[str, object]:
-    """What stands beside the vocabulary, in the keys of Hugging Face; None: does not stand there."""
-    return {
+    """What stands beside the vocabulary, in the keys of Hugging Face."""
+    template = {} if self.chat_template is None else {"chat_template": self.chat_template}
+    return template | {
         "bos_token": None if self.bos_id is None else self.token(self.bos_id),
         "eos_token": self.token(self.eos_ids[0]) if self.eos_ids else None,
         "eos_token_id": list(self.eos_ids),  # there may be several
-        "chat_template": self.chat_template,
         "clean_up_tokenization_spaces": False,
     }
 
@@ -130,7 +129,8 @@ def added(special: Iterable[tuple[str, int]]) -> dict[str, object]:
     return {"added_tokens_decoder": {str(i): {"content": text, "special": True} for text, i in special}}
 
 
-def check_ends(self: Ends) -> None:
-    for i in (self.bos_id, *self.eos_ids):
-        ok = i is None or 0 <= i < self.vocab_size
-        require(ok, f"id {i} cannot begin or end a text; the ids of this tokenizer are 0 to {self.vocab_size - 1}")
+def check_ends(vocab_size: int, ids: Iterable[int | None]) -> None:
+    """Refuse an id to begin or end a text with that the tokenizer does not have."""
+    for i in ids:
+        rule = f"id {i} cannot begin or end a text"
+        require(i is None or 0 <= i < vocab_size, f"{rule}; the ids of this tokenizer are 0 to {vocab_size - 1}")

@@ -49,7 +49,8 @@ class SubwordTokenizer:
     chat_template: str | None = dataclasses.field(default=None, repr=False)  # Jinja, for data.chat
 
     def __post_init__(self) -> None:
-        check_ends(self)
+        utf8(self.json)
+        check_ends(self.vocab_size, (self.bos_id, *self.eos_ids))
 
     @classmethod
     def train(cls, text: str, vocab_size: int) -> "SubwordTokenizer":
@@ -71,9 +72,7 @@ class SubwordTokenizer:
         tokenizer.train_from_iterator([text], trainer)
         return cls(tokenizer.to_str())
 
-    @functools.cached_property
-    def _reads_special(self) -> Any:
-        utf8(self.json)
+    def _built(self) -> Any:
         with one_line("the tokenizer.json is malformed", AGAIN):
             tokenizer = package("tokenizers", "hf").Tokenizer.from_str(self.json)
         tokenizer.no_truncation()
@@ -81,9 +80,12 @@ class SubwordTokenizer:
         return tokenizer
 
     @functools.cached_property
+    def _reads_special(self) -> Any:
+        return self._built()
+
+    @functools.cached_property
     def _reads_text(self) -> Any:
-        library = package("tokenizers", "hf")
-        tokenizer = library.Tokenizer.from_str(self._reads_special.to_str())
+        library, tokenizer = package("tokenizers", "hf"), self._built()
         tokenizer.encode_special_tokens = True  # the library's name for: leave special tokens in a text alone
         names = [name for name in self.special_tokens if len(name) > 1]
         if names and isinstance(
@@ -171,7 +173,7 @@ class SentencePieceTokenizer:
     special: tuple[tuple[str, int], ...] = ()  # tokens that are no text, besides the control tokens of the model
 
     def __post_init__(self) -> None:
-        check_ends(self)
+        check_ends(self.vocab_size, (self.bos_id, *self.eos_ids))
         require(self.bos_id is not None or not self.add_bos, "add_bos=True needs a bos_id")
         require(self.eos_ids or not self.add_eos, "add_eos=True needs eos_ids")
 
@@ -193,6 +195,12 @@ class SentencePieceTokenizer:
     def vocab_size(self) -> int:
         """One more than the largest id; an id that stands for no token, between the others, is no text."""
         return max(self._processor.vocab_size(), 1 + max(self.special_tokens.values(), default=-1))
+
+    @property
+    def own_ends(self) -> tuple[int | None, int | None]:
+        """The ids with which the model itself says that a text begins and ends; None: with none."""
+        bos, eos = self._processor.bos_id(), self._processor.eos_id()
+        return bos if bos >= 0 else None, eos if eos >= 0 else None
 
     @functools.cached_property
     def _names(self) -> Mapping[int, str]:
@@ -220,7 +228,7 @@ class SentencePieceTokenizer:
         known = self.special_tokens if special else {}
         pieces = (piece for piece in split_at(text, known) if piece)
         ids = [[known[piece]] if piece in known else self._processor.encode(piece) for piece in pieces]
-        before = [self.bos_id] if begin and self.add_bos else []
+        before = [self.bos_id] if begin and self.add_bos and self.bos_id is not None else []
         after = self.eos_ids[:1] if begin and self.add_eos else []
         return row(itertools.chain(before, *ids, after))
 
