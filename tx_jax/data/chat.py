@@ -51,9 +51,9 @@ def render_chat(
     require(size <= MAX_TEMPLATE, f"the chat template has {size} characters, at most {MAX_TEMPLATE} are run; {REMEDY}")
     given = {"messages": [dict(message) for message in messages], "tools": None, "documents": None}
     given |= {"bos_token": bos_token, "eos_token": eos_token, "add_generation_prompt": add_generation_prompt}
-    parts, length = [], 0
+    environment, parts, length = _environment(), [], 0
     try:
-        for part in _environment().from_string(template).generate(given):
+        for part in environment.from_string(template).generate(given):
             length += len(part)
             require(length <= MAX_OUTPUT, f"it writes more than {MAX_OUTPUT} characters")
             parts.append(part)
@@ -121,7 +121,8 @@ def _environment() -> Any:
         raise jinja2.TemplateError(message)
 
     extensions = [Generation, "jinja2.ext.loopcontrols"]
-    environment = Bounded(trim_blocks=True, lstrip_blocks=True, extensions=extensions).extend(bounded=bounded)
+    environment = Bounded(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    environment.extend(bounded=bounded)
     environment.filters["tojson"] = _to_json
     environment.globals |= {"raise_exception": raise_exception, "strftime_now": lambda form: f"{datetime.now():{form}}"}
     return environment
