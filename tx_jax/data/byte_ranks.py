@@ -46,10 +46,14 @@ class TiktokenTokenizer:
     @functools.cached_property
     def _encoding(self) -> Any:
         ranks, special = {token: i for i, token in self._tokens.items()}, dict(self.special)
-        whole = {bytes([i]) for i in range(256)} <= ranks.keys() and min(self._tokens) >= 0
-        require(whole, f"the .tiktoken file lacks a byte or has an id below 0; {AGAIN}")
+        whole = (
+            {bytes([i]) for i in range(256)} <= ranks.keys() and min(self._tokens) >= 0 and max(self._tokens) < 2**31
+        )
+        require(whole, f"the .tiktoken file lacks a byte or has an id that is no int32; {AGAIN}")
+        free = all(0 <= i < 2**31 and i not in self._tokens for i in special.values())
+        require(free, f"special={self.special!r:.60} must be ids of their own, of int32; {AGAIN}")
         library = package("tiktoken", "tiktoken")
-        with one_line("the .tiktoken file, pattern and special tokens are no vocabulary", AGAIN):
+        with one_line("the .tiktoken file and pattern are no vocabulary", AGAIN):
             return library.Encoding("", pat_str=self.pattern, mergeable_ranks=ranks, special_tokens=special)
 
     @property

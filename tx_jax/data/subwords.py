@@ -73,8 +73,9 @@ class SubwordTokenizer:
         return cls(tokenizer.to_str())
 
     def _built(self) -> Any:
+        library = package("tokenizers", "hf")
         with one_line("the tokenizer.json is malformed", AGAIN):
-            tokenizer = package("tokenizers", "hf").Tokenizer.from_str(self.json)
+            tokenizer = library.Tokenizer.from_str(self.json)
         tokenizer.no_truncation()
         tokenizer.no_padding()
         return tokenizer
