@@ -16,7 +16,7 @@ from tx_jax.data.libraries import package, row, split_at
 from tx_jax.data.subwords import Subwords
 from tx_jax.errors import InputError, require
 
-Messages = Sequence[Mapping[str, str]]
+Messages = Sequence[Mapping[str, object]]  # of texts; others are refused
 MAX_TEMPLATE, MAX_OUTPUT = 100_000, 1_000_000  # characters; templates in use have up to 20,000
 MAX_ROUNDS = 100_000  # of all loops together, as many as the sandbox allows one range
 REMEDY = "use the template of the model's publisher"
@@ -46,10 +46,9 @@ def render_chat(
         InputError: the messages are no such list, or the template fails, or leaves its sandbox or its bounds.
     """
     jinja2 = package("jinja2", "hf")
-    _check(messages)
+    given = {"messages": _checked(messages), "tools": None, "documents": None}
     size = len(template)
     require(size <= MAX_TEMPLATE, f"the chat template has {size} characters, at most {MAX_TEMPLATE} are run; {REMEDY}")
-    given = {"messages": [dict(message) for message in messages], "tools": None, "documents": None}
     given |= {"bos_token": bos_token, "eos_token": eos_token, "add_generation_prompt": add_generation_prompt}
     environment, parts, length = _environment(), [], 0
     try:
@@ -67,13 +66,14 @@ def render_chat(
 _FAULTS = ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError, SyntaxError
 
 
-def _check(messages: Messages) -> None:
+def _checked(messages: Messages) -> list[dict[str, str]]:
     remedy = 'give [{"role": "user", "content": "text"}]'
     require(isinstance(messages, Sequence) and messages, f"messages={messages!r:.40} must be one or more; {remedy}")
     for i, message in enumerate(messages):
         ok = isinstance(message, Mapping) and {"role", "content"} <= message.keys()
         ok = ok and all(isinstance(value, str) for value in message.values())
         require(ok, f"messages[{i}]={message!r:.60} must have texts as role and content; {remedy}")
+    return [{key: str(value) for key, value in message.items()} for message in messages]
 
 
 def _environment() -> Any:
@@ -150,15 +150,15 @@ def encode_chat(
     """
     template, names = tokenizer.chat_template, tokenizer.special_tokens
     require(template is not None, "chat_template=None, a chat needs one; use a tokenizer of a model made for chats")
-    _check(messages)
-    given = "".join(value for message in messages for value in message.values())
+    texts = _checked(messages)
+    given = "".join(value for message in texts for value in message.values())
     forged = dict.fromkeys(split_at(given, names)[1::2])
     free = (chr(i) for i in range(0xF0000, 0x10FFFE) if chr(i) not in given and chr(i) not in str(template))
     marks = dict(zip(forged, free, strict=False))  # a private-use character for each
     require(len(marks) == len(forged), "the messages hold every private-use character; leave some out")
     text = render_chat(
         str(template),
-        [{key: _replaced(value, marks) for key, value in message.items()} for message in messages],
+        [{key: _replaced(value, marks) for key, value in message.items()} for message in texts],
         bos_token="" if tokenizer.bos_id is None else tokenizer.token(tokenizer.bos_id),
         eos_token=tokenizer.token(tokenizer.eos_ids[0]) if tokenizer.eos_ids else "",
         add_generation_prompt=add_generation_prompt,
