@@ -20,8 +20,8 @@ SMOLLM2 = (
 LLAMA3 = """{{- bos_token }}
 {%- if tools is not none %}{{- raise_exception("no tools") }}{%- endif %}
 {%- for message in messages %}
-    {%- set text = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim %}
-    {{- text + '<|eot_id|>' }}
+    {%- set text = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' %}
+    {{- text + message['content'] | trim + '<|eot_id|>' }}
 {%- endfor %}
 {%- if add_generation_prompt %}
     {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}

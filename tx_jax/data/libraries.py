@@ -120,7 +120,8 @@ def config_of(self: Ends) -> dict[str, object]:
     return template | {
         "bos_token": None if self.bos_id is None else self.token(self.bos_id),
         "eos_token": self.token(self.eos_ids[0]) if self.eos_ids else None,
-        "eos_token_id": list(self.eos_ids),  # there may be several
+        "bos_token_id": self.bos_id,  # the ids are for us: there may be several ends
+        "eos_token_id": list(self.eos_ids),
         "clean_up_tokenization_spaces": False,
     }
 

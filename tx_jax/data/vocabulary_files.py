@@ -108,7 +108,8 @@ def _ends(config: Config, token_id: Callable[[str], int | None]) -> dict[str, An
     further = config["eos_token_id"]
     require(all(type(i) is int for i in further), f"eos_token_id={further!r:.40} must be an id or a list of ids")
     ends = [i for i in ([] if eos is None else [token_id(eos)]) + further if i is not None]
-    begins = None if bos is None else token_id(bos)
+    begins = config.get("bos_token_id", None if bos is None else token_id(bos))
+    require(begins is None or type(begins) is int, f"bos_token_id={begins!r:.40} must be an id")
     return {"bos_id": begins, "eos_ids": tuple(dict.fromkeys(ends)), "chat_template": _template(config)}
 
 
