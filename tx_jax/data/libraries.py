@@ -114,10 +114,11 @@ def write_vocabulary(
     replace_file(Path(directory) / CONFIG, (text + "\n").encode("utf-8"))
 
 
-def config_of(self: Ends) -> dict[str, object]:
+def config_of(self: Ends) -> Mapping[str, object]:
     """What stands beside the vocabulary, in the keys of Hugging Face."""
     template = {} if self.chat_template is None else {"chat_template": self.chat_template}
-    return template | {
+    return {
+        **template,
         "bos_token": None if self.bos_id is None else self.token(self.bos_id),
         "eos_token": self.token(self.eos_ids[0]) if self.eos_ids else None,
         "bos_token_id": self.bos_id,  # the ids are for us: there may be several ends

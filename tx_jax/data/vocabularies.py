@@ -25,8 +25,8 @@ def _words(pattern: str) -> dict[str, object]:
 class Pre(NamedTuple):
     """How a family of byte-level BPE models cuts a text into the words in which it merges."""
 
-    steps: tuple[dict[str, object], ...]  # pre-tokenizers of a tokenizer.json, one after the other
-    normalizer: dict[str, object] | None = None
+    steps: tuple[Mapping[str, object], ...]  # pre-tokenizers of a tokenizer.json, one after the other
+    normalizer: Mapping[str, object] | None = None
     ignore_merges: bool = False  # a word that is a token is that token, whatever the merges
     add_bos: bool = False  # where the file does not say
 
@@ -181,8 +181,8 @@ def _value(metadata: Mapping[str, object], key: str, kind: type, default: Any = 
 
 
 def _list(metadata: Mapping[str, object], key: str, kind: type, length: int | None = None) -> list[Any]:
-    values = _value(metadata, f"ggml.{key}", list)
-    ok = values is not None and all(type(value) is kind for value in values) and len(values) == (length or len(values))
+    values: list[Any] = _value(metadata, f"ggml.{key}", list, [])
+    ok = values and all(type(value) is kind for value in values) and len(values) == (length or len(values))
     require(
         ok, f"tokenizer.ggml.{key} must be a list of {length or ''} {kind.__name__}; convert the model to GGUF again"
     )
@@ -207,7 +207,7 @@ def _from_gguf_bpe(metadata: Mapping[str, object]) -> SubwordTokenizer:
     merges = [merge.split(" ") for merge in _list(metadata, "merges", str)]
     require(all(len(pair) == 2 for pair in merges), "tokenizer.ggml.merges must be pairs; convert the model again")
     bos_id, eos_ids = _ends(metadata, len(tokens))
-    add_bos = _value(metadata, "ggml.add_bos_token", bool, PRE[pre].add_bos) and bos_id is not None
+    add_bos = _value(metadata, "ggml.add_bos_token", bool, PRE[pre].add_bos)
     of_type = {kind: {tokens[i]: i for i, its in enumerate(types) if its == kind} for kind in (CONTROL, USER_DEFINED)}
     content = byte_level_bpe(
         {token: i for i, token in enumerate(tokens)},
@@ -215,7 +215,7 @@ def _from_gguf_bpe(metadata: Mapping[str, object]) -> SubwordTokenizer:
         pre=pre,
         special=of_type[CONTROL],
         words=of_type[USER_DEFINED],
-        bos=tokens[bos_id] if add_bos else None,
+        bos=tokens[bos_id] if add_bos and bos_id is not None else None,
     )
     return SubwordTokenizer(content, bos_id, eos_ids, _value(metadata, "chat_template", str))
 
