@@ -174,10 +174,10 @@ def from_gguf(metadata: Mapping[str, object]) -> SubwordTokenizer | SentencePiec
 
 
 def _value(metadata: Mapping[str, object], key: str, kind: type, default: Any = None) -> Any:
-    value = metadata.get(f"tokenizer.{key}", default)
-    ok = value is default or type(value) is kind
+    value = metadata.get(f"tokenizer.{key}")
+    ok = value is None or type(value) is kind
     require(ok, f"tokenizer.{key}={value!r:.40} must be {kind.__name__}; convert the model to GGUF again")
-    return value
+    return default if value is None else value
 
 
 def _list(metadata: Mapping[str, object], key: str, kind: type, length: int | None = None) -> list[Any]:
