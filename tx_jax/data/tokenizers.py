@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import ClassVar, SupportsIndex
 
 import numpy as np
-from jaxtyping import Array, Int32, Integer
+from jaxtyping import Array, Int32, Int64, Integer
 
 from tx_jax.errors import InputError, require
 
@@ -22,15 +22,38 @@ Ids = Sequence[SupportsIndex] | Integer[Array | np.ndarray, "..."]
 
 
 def _save(self: "Tokenizer", directory: str | os.PathLike[str]) -> None:
-    """Write `tokenizer.json` in `directory`, which is made if need be; a reader sees the old file or the new one."""
-    path = Path(directory) / FILE
+    """Write `tokenizer.json` in `directory`, which is made if need be."""
+    content = json.dumps({"kind": self.kind} | dataclasses.asdict(self)) + "\n"
+    replace_file(Path(directory) / FILE, content.encode("utf-8"))
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file, and its directory if need be; a reader sees the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{FILE}.{os.getpid()}.part")
-    part.write_text(json.dumps({"kind": self.kind} | dataclasses.asdict(self)) + "\n", encoding="utf-8")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_bytes(content)
     os.replace(part, path)
 
 
-def _checked(ids: Ids, vocab_size: int) -> np.ndarray:
+def utf8(text: str) -> bytes:
+    """The text in UTF-8.
+
+    Raises:
+        InputError: the text holds half of a surrogate pair, which UTF-8 cannot write.
+    """
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        where = f"character {text[error.start]!r} at index {error.start}"
+        raise InputError(f"{where} is a lone surrogate, not Unicode text; leave it out") from error
+
+
+def checked_ids(ids: Ids, vocab_size: int) -> Int64[np.ndarray, " T"]:
+    """The ids as one row of integers.
+
+    Raises:
+        InputError: an id is negative, or vocab_size or more, or ids are not one row.
+    """
     ids = np.asarray(ids, np.int64)
     require(ids.ndim == 1, f"ids{ids.shape} must be one row of ids; decode the rows of a batch one by one")
     wrong = np.flatnonzero((ids < 0) | (ids >= vocab_size))
@@ -63,11 +86,7 @@ class ByteTokenizer:
         Raises:
             InputError: the text holds half of a surrogate pair, which UTF-8 cannot write.
         """
-        try:
-            return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
-        except UnicodeEncodeError as error:
-            where = f"character {text[error.start]!r} at index {error.start}"
-            raise InputError(f"{where} is a lone surrogate, not Unicode text; leave it out") from error
+        return np.frombuffer(utf8(text), np.uint8).astype(np.int32)
 
     def decode(self, ids: Ids) -> str:
         """The text of the ids, with U+FFFD where they are not UTF-8.
@@ -75,7 +94,7 @@ class ByteTokenizer:
         Raises:
             InputError: an id is not a byte, or ids are not one row.
         """
-        return _checked(ids, 256).astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+        return checked_ids(ids, 256).astype(np.uint8).tobytes().decode("utf-8", errors="replace")
 
     def stream(self, ids: Iterable[SupportsIndex]) -> Iterator[str]:
         """The text of the ids as they come, each character once it is whole; joined, it is what `decode` gives.
@@ -83,7 +102,7 @@ class ByteTokenizer:
         >>> list(ByteTokenizer().stream([110, 195, 169]))
         ['n', 'é']
         """
-        pieces = (_checked([i], 256).astype(np.uint8).tobytes() for i in ids)
+        pieces = (checked_ids([i], 256).astype(np.uint8).tobytes() for i in ids)
         return codecs.iterdecode(pieces, "utf-8", errors="replace")
 
 
@@ -140,7 +159,7 @@ class CharTokenizer:
             InputError: an id is negative, or vocab_size or more, or ids are not one row.
         """
         known = _code_points(self.characters)
-        return known[_checked(ids, len(known))].tobytes().decode("utf-32-le", "surrogatepass")
+        return known[checked_ids(ids, len(known))].tobytes().decode("utf-32-le", "surrogatepass")
 
     def stream(self, ids: Iterable[SupportsIndex]) -> Iterator[str]:
         """The text of the ids as they come, a character each; joined, it is what `decode` gives."""
