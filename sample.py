@@ -1,31 +1,44 @@
-"""Write text with a trained model: `python sample.py runs/gpt-shakespeare --prompt "ROMEO:"`.
+"""Write text with a model: `python sample.py runs/gpt-shakespeare --prompt "ROMEO:"`, `python sample.py smollm2
+--interactive`, or with the directory or GGUF file of a published model.
 
 Text goes to standard output, speeds to standard error.
 """
 
 import dataclasses
+import itertools
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import jax
 import numpy as np
 import tyro
+from jaxtyping import PRNGKeyArray
 
 import tx_jax as tx
-from tx_jax.checkpoint import read_config, restore_params
+from tx_jax.checkpoint import read_config
 from tx_jax.command_line import keep_compiled, one_line_errors, parse
-from tx_jax.data.tokenizers import Tokenizer, load_tokenizer
+from tx_jax.convert.sources import open_source
+from tx_jax.data.chat import encode_chat
+from tx_jax.data.subwords import Subwords
+from tx_jax.data.tokenizers import Tokenizer
+from tx_jax.decoding import session
+from tx_jax.decoding.generate import prepare
 from tx_jax.errors import InputError, require
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """Write text with a trained model."""
+    """Write text with a model."""
 
-    run_dir: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN_DIR")]  # what train.py wrote
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
+    # a run directory of train.py, a Hugging Face directory, a GGUF file, smollm2, or hf://ORG/NAME
     prompt: str | None = None  # text; @FILE reads a file, - reads standard input; None: the run's sample_prompt
+    chat: bool | None = None  # the prompt is a message, to be answered; None: if the model has a chat template
+    system: str | None = None  # what a chat begins with
+    interactive: bool = False  # a conversation: a message a line
     max_new_tokens: int | None = None  # None: 500, or what the context leaves
     temperature: float = 0.8  # 0: always the likeliest token
     top_k: int | None = None  # keep the k likeliest tokens
@@ -33,15 +46,36 @@ class Args:
     min_p: float | None = None  # keep tokens at least p times as likely as the likeliest
     seed: int = 0
     num_samples: int = 1
-    stream: bool = False  # print each token as it comes
-    step: int | None = None  # of the checkpoint; None: the newest
+    stream: bool = False  # print each token as it comes; a chat does
+    step: int | None = None  # of a run's checkpoint; None: the newest
 
     def __post_init__(self) -> None:
         n, heat = self.num_samples, self.temperature
         require(n >= 1, f"num_samples={n} must be at least 1; leave it out for one")
-        require(n == 1 or not self.stream, f"num_samples={n} cannot be streamed; leave out --stream, or ask for one")
+        streams = "--interactive" * self.interactive or "--stream" * self.stream
+        require(n == 1 or not streams, f"num_samples={n} cannot be streamed; leave out {streams}, or ask for one")
         require(heat >= 0, f"temperature={heat} must not be negative; 0 is greedy")
         require(0 <= self.seed < 2**32, f"seed={self.seed} must be from 0 to 2³² − 1")
+        require(
+            not (self.interactive and self.prompt), "--interactive reads its messages from the keyboard, not --prompt"
+        )
+
+
+class Writer(NamedTuple):
+    """What is the same for all that is written."""
+
+    model: tx.DecoderLM
+    params: dict
+    tokenizer: Tokenizer | Subwords
+    ends: tuple[int, ...]  # tokens that end a text
+    new: int | None  # at most so many tokens
+    sampler: tx.Sampler
+    key: PRNGKeyArray
+
+    def room(self, n_tokens: int) -> int:
+        """How many tokens may follow so many."""
+        room = max(self.model.cfg.max_len - n_tokens, 1)
+        return min(500, room) if self.new is None else self.new
 
 
 @one_line_errors()
@@ -49,25 +83,49 @@ def main(argv: list[str]) -> None:
     """Load, generate, print."""
     args = parse(Args, argv, prog="sample.py")
     keep_compiled()
-    model, params, tokenizer = load(args.run_dir, args.step)
-    own = read_config(args.run_dir).train.sample_prompt or "\n"
-    prompt = own if args.prompt is None else read_prompt(args.prompt)
-    tokens = np.tile(tokenizer.encode(prompt), (args.num_samples, 1))
-    room = max(model.cfg.max_len - tokens.shape[1], 1)
-    new = min(500, room) if args.max_new_tokens is None else args.max_new_tokens
+    source = open_source(args.model, dtype=fast_dtype(), step=args.step)
+    cfg = dataclasses.replace(source.cfg, dtype="float32") if jax.default_backend() == "cpu" else source.cfg
+    model, tokenizer = tx.build(cfg), source.tokenizer
+    if not isinstance(model, tx.DecoderLM):
+        raise InputError(f"model={args.model!r} is an {cfg.stack}, which does not write on; give a decoder")
+    ends = source.special_ids.get("eos_token_id", ())
     sampler = tx.Sampler(args.temperature or None, args.top_k, args.top_p, args.min_p)
-    write = stream if args.stream else complete
-    write(model, params, tokenizer, prompt, tokens, new, sampler, jax.random.key(args.seed))
+    key = jax.random.key(args.seed)
+    ends = tuple(ends) if isinstance(ends, list | tuple) else (ends,)
+    writer = Writer(model, source.params, tokenizer, ends, args.max_new_tokens, sampler, key)
+    chats = getattr(tokenizer, "chat_template", None) is not None if args.chat is None else args.chat
+    if args.interactive:
+        converse(writer, args.system)
+        return
+    own = None if source.architecture else read_config(args.model).train.sample_prompt
+    prompt = own if args.prompt is None else read_prompt(args.prompt)
+    require(prompt is not None, f"prompt=None: {args.model} has none of its own; give --prompt TEXT, or --interactive")
+    if chats:
+        ids, echo = encode_chat(tokenizer, messages(args.system, prompt)), ""
+    else:
+        require(args.system is None, "--system is for a chat, and this model has no chat template; leave it out")
+        ids, echo = encode(tokenizer, prompt), prompt
+    if args.stream or (chats and args.num_samples == 1):
+        show(writer, echo, tokens_of(writer, ids))
+    else:
+        complete(writer, echo, np.tile(ids, (args.num_samples, 1)))
 
 
-def load(run_dir: str, step: int | None) -> tuple[tx.DecoderLM, dict, Tokenizer]:
-    """The model of a run directory, its parameters and its tokenizer."""
-    cfg = read_config(run_dir).model
-    if jax.default_backend() == "cpu":
-        cfg = dataclasses.replace(cfg, dtype="float32")  # faster than bfloat16 there
-    model = tx.DecoderLM(cfg)
-    shapes = jax.eval_shape(lambda key: tx.init_params(model, key), jax.random.key(0))
-    return model, restore_params(run_dir, shapes, step), load_tokenizer(Path(run_dir) / "tokenizer")
+def fast_dtype() -> str:
+    """Of computation and of public parameters: float32 is the faster one on a CPU."""
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def encode(tokenizer: Tokenizer | Subwords, text: str) -> np.ndarray:
+    """The ids of a text, with what the model's own texts begin with."""
+    return tokenizer.encode(text, begin=True) if isinstance(tokenizer, Subwords) else tokenizer.encode(text)
+
+
+def messages(system: str | None, *turns: str) -> list[dict[str, str]]:
+    """A chat: the system's words, if any, then the user's and the assistant's in turn."""
+    said = [{"role": "system", "content": system}] if system is not None else []
+    roles = itertools.cycle(["user", "assistant"])
+    return said + [{"role": role, "content": text} for role, text in zip(roles, turns, strict=False)]
 
 
 def read_prompt(prompt: str) -> str:
@@ -88,43 +146,94 @@ def read_prompt(prompt: str) -> str:
         raise InputError(f"prompt={prompt!r} is not UTF-8: {where}; convert it, such as by iconv") from error
 
 
-def complete(model, params, tokenizer, prompt, tokens, new, sampler, key) -> None:
+def complete(writer: Writer, echo: str, tokens: np.ndarray) -> None:
     """Print every sample when all are there. Compiling is not counted in the speeds."""
-    padded, n_slots = tx.prepare(model, tokens, None, new, sampler, key, None)
+    model, params, sampler, key = writer.model, writer.params, writer.sampler, writer.key
+    new = writer.room(tokens.shape[1])
+    padded, n_slots = prepare(model, tokens, None, new, sampler, key, None)
     cache = tx.init_cache(model.cfg, len(tokens), n_slots)
     fill = jax.jit(tx.prefill, static_argnums=0, donate_argnums=3).lower(model, params, padded, cache).compile()
     start = time.perf_counter()
     logits, cache = jax.block_until_ready(fill(params, padded, cache))
     filling = time.perf_counter() - start
     loop = jax.jit(tx.decode, static_argnums=(0, 4), donate_argnums=3)
-    run = loop.lower(model, params, logits, cache, new, sampler, key).compile()
+    ends = np.array(writer.ends) if writer.ends else None
+    run = loop.lower(model, params, logits, cache, new, sampler, key, ends).compile()
     start = time.perf_counter()
-    rows = np.asarray(run(params, logits, cache, sampler, key).tokens)
+    out = run(params, logits, cache, sampler, key, ends)
+    rows, lengths = np.asarray(out.tokens), np.asarray(out.lengths)
     decoding = time.perf_counter() - start
-    for i, row in enumerate(rows):
+    for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
         if len(rows) > 1:
             print(f"--- sample {i + 1}")
-        print(prompt + tokenizer.decode(row))
+        print(echo + writer.tokenizer.decode(row[:length]))
     say(f"prefill {tokens.size} tokens", tokens.size, filling)
-    say(f"decode {rows.size} tokens", rows.size - len(rows), decoding)  # each row's first came from the prefill
+    say(f"decode {lengths.sum()} tokens", lengths.sum() - len(rows), decoding)  # each row's first came from the prefill
 
 
-def stream(model, params, tokenizer, prompt, tokens, new, sampler, key) -> None:
-    """Print each token as it comes. The first two compile, and are not counted in the speed."""
-    ids = tx.stream(model, params, tokens, max_new_tokens=new, sampler=sampler, key=key)
-    times = [time.perf_counter()]
+def tokens_of(writer: Writer, ids: np.ndarray) -> Iterator[int]:
+    """New tokens as they come, up to one that ends the text."""
+    more = {"max_new_tokens": writer.room(len(ids)), "sampler": writer.sampler, "key": writer.key}
+    rows = tx.stream(writer.model, writer.params, ids[None], **more)
+    return itertools.takewhile(lambda token: token not in writer.ends, (int(row[0]) for row in rows))
 
-    def clocked():
-        for token in ids:
+
+def show(writer: Writer, echo: str, tokens: Iterable[int]) -> str:
+    """Print a text as its tokens come, and give it back. The first two compile, and are not counted in the speed."""
+    times, pieces = [time.perf_counter()], []
+
+    def clocked() -> Iterator[int]:
+        for token in tokens:
             times.append(time.perf_counter())
-            yield int(token[0])
+            yield token
 
-    print(prompt, end="", flush=True)
-    for piece in tokenizer.stream(clocked()):
+    print(echo, end="", flush=True)
+    for piece in writer.tokenizer.stream(clocked()):
         print(piece, end="", flush=True)
-    print()
-    say(f"first token after {times[1] - times[0]:.2f} s, with compilation", 0, 0)
-    say(f"decode {new} tokens", new - 2, times[-1] - times[min(2, new)])
+        pieces.append(piece)
+    print(flush=True)
+    n = len(times) - 1
+    say(f"first token after {times[min(1, n)] - times[0]:.2f} s, with compilation", 0, 0)
+    say(f"decode {n} tokens", n - 2, times[-1] - times[min(2, n)])
+    return "".join(pieces)
+
+
+def converse(writer: Writer, system: str | None) -> None:
+    """Answer each line of standard input, with the cache of all that was said before."""
+    require(
+        getattr(writer.tokenizer, "chat_template", None), "--interactive needs a chat template; this model has none"
+    )
+    said: list[str] = []
+    held = session.start(writer.model)
+    while line := ask():
+        said.append(line)
+        ids = encode_chat(writer.tokenizer, messages(system, *said))
+        logits, held = session.read(writer.model, writer.params, held, ids)
+        key = jax.random.fold_in(writer.key, len(said))
+        steps = session.write(
+            writer.model, writer.params, logits, held,
+            max_new_tokens=writer.room(len(ids)), sampler=writer.sampler, key=key,
+        )  # fmt: skip
+
+        def tokens(steps: Iterator = steps) -> Iterator[int]:
+            nonlocal held
+            for token, now in steps:
+                held = now
+                if token in writer.ends:
+                    return
+                yield token
+
+        said.append(show(writer, "", tokens()))
+
+
+def ask() -> str:
+    """The next line that is not empty; nothing at the end."""
+    print("> " * sys.stdin.isatty(), end="", file=sys.stderr, flush=True)
+    for line in sys.stdin:
+        if line.strip():
+            return line.strip()
+        print("> " * sys.stdin.isatty(), end="", file=sys.stderr, flush=True)
+    return ""
 
 
 def say(what: str, n_tokens: int, seconds: float) -> None:

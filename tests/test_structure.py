@@ -22,10 +22,11 @@ RANKS = {  # of every module of the package
     "modules.attention": 3, "modules.embed": 3,
     "modules.block": 4,
     "models": 5,
-    "decoding.generate": 6, "training.step": 6, "inspect": 6, "training.report": 7,
+    "decoding.generate": 6, "training.step": 6, "inspect": 6, "decoding.session": 7, "training.report": 7,
     "training.loop": 8,
     "convert.layouts": 0, "convert.gguf": 1, "convert.fields": 1, "convert.mapping": 6, "convert.family": 7,
     "convert.decoders": 8, "convert.encoders": 8, "convert.gguf_models": 8, "convert.pretrained": 9,
+    "convert.sources": 10, "convert.__main__": 11,
     "": 10,  # the public surface
 }  # fmt: skip
 PURE = [name for name in RANKS if name.startswith("ops.") or name in ("training.losses", "decoding.samplers")]

@@ -33,8 +33,8 @@ class Prompt(NamedTuple):
 class Generation(NamedTuple):
     """What `generate` gives."""
 
-    tokens: Int[Array, "B new"]  # after a row's end: eos_id
-    lengths: Int[Array, " B"]  # tokens of each row, its eos_id included
+    tokens: Int[Array, "B new"]  # after a row's end: the first eos_id
+    lengths: Int[Array, " B"]  # tokens of each row, the eos_id that ends it included
     cache: Cache  # of the prompt and all tokens but the last
 
 
@@ -93,18 +93,19 @@ def decode(
     max_new_tokens: int,
     sampler: Sampler = Sampler(),
     key: PRNGKeyArray | None = None,
-    eos_id: int | Int[Array, ""] | None = None,
+    eos_id: int | tuple[int, ...] | Int[Array, "*n"] | None = None,
     memory: Cache | None = None,
 ) -> Generation:
-    """`max_new_tokens` tokens from what `prefill` gave; with an eos_id, the loop ends when every row has."""
+    """`max_new_tokens` tokens from what `prefill` gave; with an eos_id, or several, the loop ends when all have."""
     B = logits.shape[0]
+    ends = None if eos_id is None else jnp.atleast_1d(jnp.asarray(eos_id, jnp.int32))
 
     def choose(i: Array, logits: Array, done: Array) -> tuple[Array, Array]:
         token = sample(logits, sampler, None if key is None else jax.random.fold_in(key, i))
-        if eos_id is None:
+        if ends is None:
             return token, done
-        token = jnp.where(done, eos_id, token)
-        return token, done | (token == eos_id)
+        token = jnp.where(done, ends[0], token)
+        return token, done | (token[:, None] == ends).any(axis=1)
 
     def step(carry: tuple) -> tuple:
         i, token, cache, done, tokens, lengths = carry
@@ -115,7 +116,7 @@ def decode(
         return i + 1, token, cache, done, tokens.at[:, i].set(token), lengths
 
     token, done = choose(jnp.int32(0), logits, jnp.zeros(B, bool))
-    fill = jnp.zeros((), jnp.int32) if eos_id is None else jnp.asarray(eos_id, jnp.int32)
+    fill = jnp.int32(0) if ends is None else ends[0]
     tokens = jnp.full((B, max_new_tokens), fill).at[:, 0].set(token)
     first = (jnp.int32(1), token, cache, done, tokens, jnp.ones(B, jnp.int32))
     last = jax.lax.while_loop(lambda carry: (carry[0] < max_new_tokens) & ~carry[3].all(), step, first)
@@ -131,7 +132,7 @@ def generate(
     max_new_tokens: int,
     sampler: Sampler = Sampler(),
     key: PRNGKeyArray | None = None,
-    eos_id: int | None = None,
+    eos_id: int | tuple[int, ...] | None = None,
     memory: Cache | None = None,
 ) -> Generation:
     """Up to `max_new_tokens` tokens after each prompt.
@@ -139,7 +140,7 @@ def generate(
     Args:
         tokens, positions: prompts, padded on the right; `pad_prompts` makes both. Positions None: no padding.
         sampler: greedy by default; otherwise `key` is needed.
-        eos_id: the token that ends a row.
+        eos_id: the token that ends a row, or several that do.
         memory: an EncoderDecoder's `encode(source)`.
 
     >>> from tx_jax import ModelConfig, build, init_params
@@ -153,7 +154,9 @@ def generate(
     """
     prompt, n_slots = prepare(model, tokens, positions, max_new_tokens, sampler, key, memory)
     V = cast(int, model.cfg.vocab_size)
-    require(not isinstance(eos_id, int) or 0 <= eos_id < V, f"eos_id={eos_id} must be from 0 to {V - 1}")
+    ends = (eos_id,) if isinstance(eos_id, int) else eos_id if isinstance(eos_id, tuple) else ()
+    for end in ends:
+        require(0 <= end < V, f"eos_id={end} must be from 0 to {V - 1}")
     return _generate(model, params, prompt, max_new_tokens, n_slots, sampler, key, eos_id, memory)
 
 
@@ -184,19 +187,19 @@ def stream(
 
 def _stream(model, params, logits, cache, max_new_tokens, sampler, key, memory):
     for i in range(max_new_tokens):
-        token = _choose(logits, sampler, key, i)
+        token = choose(logits, sampler, key, i)
         yield np.asarray(token)
         if i + 1 < max_new_tokens:
-            logits, cache = _advance(model, params, token, cache, memory)
+            logits, cache = advance(model, params, token, cache, memory)
 
 
 @jax.jit
-def _choose(logits, sampler, key, i):
+def choose(logits, sampler, key, i):
     return sample(logits, sampler, None if key is None else jax.random.fold_in(key, i))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
-def _advance(model, params, token, cache, memory):
+def advance(model, params, token, cache, memory):
     x, cache = _hidden(model, params, token[:, None], None, cache, memory)
     return _logits(model, params, x[:, 0]), cache
 

@@ -1,0 +1,118 @@
+"""Weights from one layout to the other: `python -m tx_jax.convert SRC DST`.
+
+A run of train.py, or a GGUF file, becomes a Hugging Face directory, which transformers loads; a Hugging Face directory
+becomes a run directory, which `tx_jax.checkpoint.restore_params` and sample.py read.
+"""
+
+import dataclasses
+import importlib
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from tx_jax import checkpoint
+from tx_jax.command_line import one_line_errors, parse
+from tx_jax.config import RunConfig
+from tx_jax.convert.pretrained import load_pretrained, save_pretrained
+from tx_jax.convert.sources import Source, find_source, is_run, open_source
+from tx_jax.data.subwords import Subwords
+from tx_jax.data.vocabularies import to_hugging_face
+from tx_jax.errors import InputError, require
+from tx_jax.models import EncoderDecoder, build
+
+Layout = Literal["hugging_face", "run"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Weights from one layout to the other."""
+
+    src: tyro.conf.Positional[str]  # a run directory, a Hugging Face directory, a GGUF file, a name, or hf://ORG/NAME
+    dst: tyro.conf.Positional[str]  # a directory that is not there yet
+    to: Layout | None = None  # None: run, if SRC is a Hugging Face directory, otherwise hugging_face
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # of the weights; None: as they are
+    architecture: str | None = None  # of transformers, where several fit; None: the source's, or the first that fits
+    verify: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # compare logits with those of transformers
+
+
+class Weights(NamedTuple):
+    """What a run directory without training holds."""
+
+    params: dict
+
+
+@one_line_errors()
+def main(argv: list[str]) -> None:
+    """Read, write, compare."""
+    args = parse(Args, argv, prog="python -m tx_jax.convert")
+    src, dst = find_source(args.src), Path(args.dst).expanduser()
+    require(not dst.exists(), f"dst={args.dst!r} is there already; name a new directory")
+    to = args.to or ("run" if src.is_dir() and not is_run(src) else "hugging_face")
+    fits = to == "hugging_face" or args.dtype in (None, "float32")
+    require(fits, f"dtype={args.dtype!r}: a run directory holds float32; leave it out, or write --to hugging_face")
+    source = open_source(args.src, dtype="float32" if to == "run" else args.dtype)
+    WRITERS[to](source, dst, args.architecture or source.architecture)
+    print(f"{dst}: {sum(leaf.size for leaf in jax.tree.leaves(source.params)):,} parameters, written as {to}")
+    if args.verify:
+        print(verify(dst if to == "hugging_face" else src))
+
+
+def _to_hugging_face(source: Source, dst: Path, architecture: str | None) -> None:
+    tokenizer = source.tokenizer
+    save_pretrained(dst, source.cfg, source.params, special_ids=source.special_ids, architecture=architecture)
+    if tokenizer is not None:
+        (tokenizer if isinstance(tokenizer, Subwords) else to_hugging_face(tokenizer)).save(dst)
+
+
+def _to_run(source: Source, dst: Path, architecture: str | None) -> None:
+    checkpoint.claim_run_dir(dst, RunConfig(run_dir=str(dst), model=source.cfg))
+    if source.tokenizer is not None:
+        source.tokenizer.save(dst / "tokenizer")
+    with checkpoint.saver(dst, keep=1) as save:
+        save(0, Weights(source.params), {})
+
+
+WRITERS = {"hugging_face": _to_hugging_face, "run": _to_run}
+
+
+def verify(directory: Path) -> str:
+    """How far the logits of a Hugging Face directory are from those of transformers, on two rows of random tokens.
+
+    Raises:
+        InputError: transformers is not there, or the logits differ by more than a thousandth of the largest.
+    """
+    hf, torch = _reference("transformers"), _reference("torch")
+    cfg, params, _, architecture = load_pretrained(directory)
+    model: Any = build(cfg)
+    tokens = np.random.default_rng(0).integers(cfg.vocab_size or 1, size=(2, min(16, cfg.max_len)))
+    rows = jnp.asarray(tokens, jnp.int32)
+    theirs = getattr(hf, architecture).from_pretrained(directory, dtype=torch.float32).eval()
+    inputs = {"input_ids": torch.tensor(tokens)}
+    if isinstance(model, EncoderDecoder):
+        ours, _ = model.apply({"params": params}, rows, rows)
+        inputs["decoder_input_ids"] = inputs["input_ids"]
+    else:
+        ours, _ = model.apply({"params": params}, rows, method=None if architecture[-5:] != "Model" else "hidden")
+    with torch.no_grad():
+        out = theirs(**inputs)
+    wanted = (out.logits if "logits" in out else out.last_hidden_state).numpy()
+    largest, apart = np.abs(wanted).max(), np.abs(wanted - np.asarray(ours)).max()
+    says = f"largest difference to transformers' logits {apart:.2g}, of logits up to {largest:.3g}"
+    require(apart <= 1e-3 * max(largest, 1.0), f"{directory}: {says}; please report this model")
+    return says
+
+
+def _reference(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise InputError(f"--verify needs the package {name}; pip install {name}, or leave it out") from error
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,96 @@
+"""A text whose keys stay in a cache while it grows: a conversation is read on from where the last turn ended.
+
+`read` computes only what the cache does not hold; where a text differs from what was read before, the cache is cut back
+to where they part, which is a change of its positions alone.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Integer, PRNGKeyArray
+
+from tx_jax.cache import Cache, init_cache
+from tx_jax.decoding.generate import BUCKET, Prompt, advance, check_tokens, choose, prefill
+from tx_jax.decoding.samplers import Sampler
+from tx_jax.errors import require
+from tx_jax.models import DecoderLM
+
+Ids = Sequence[int] | Integer[np.ndarray, " T"]
+LEAST_SLOTS = 256  # of a cache; it doubles when it is full, so that few sizes are compiled
+
+
+class Session(NamedTuple):
+    """One text and its keys. Giving it to `read` or `write` gives it up: its cache is written in place."""
+
+    ids: tuple[int, ...]  # those in the cache
+    cache: Cache
+
+
+def start(model: DecoderLM) -> Session:
+    """A session with no text."""
+    return Session((), init_cache(model.cfg, 1, min(LEAST_SLOTS, model.cfg.max_len)))
+
+
+def read(model: DecoderLM, params: dict, session: Session, ids: Ids) -> tuple[Float[Array, "1 V"], Session]:
+    """The logits after `ids`, the whole text, and the session that holds it.
+
+    Raises:
+        InputError: the text is empty or longer than model.cfg.max_len, or an id is outside of the vocabulary.
+    """
+    cfg, ids = model.cfg, tuple(int(i) for i in ids)
+    check_tokens(jnp.asarray([ids], jnp.int32), cfg.vocab_size or 0)
+    require(len(ids) <= cfg.max_len, f"the text has {len(ids)} tokens, max_len={cfg.max_len}; begin a new one")
+    shared = next((i for i, (one, other) in enumerate(zip(session.ids, ids, strict=False)) if one != other), None)
+    kept = min(len(session.ids), len(ids) - 1) if shared is None else min(shared, len(ids) - 1)  # one gives logits
+    new = ids[kept:]
+    width = min(-(-len(new) // BUCKET) * BUCKET, cfg.max_len)
+    index = jnp.arange(width)
+    tokens = jnp.zeros((1, width), jnp.int32).at[0, : len(new)].set(jnp.asarray(new, jnp.int32))
+    positions = jnp.where(index < len(new), kept + index, -1)[None]
+    cache = _with_room(_cut(session.cache, kept), max(len(ids), width), cfg.max_len)
+    logits, cache = _prefill(model, params, Prompt(tokens, positions), cache)
+    return logits, Session(ids, cache)
+
+
+def write(
+    model: DecoderLM,
+    params: dict,
+    logits: Float[Array, "1 V"],
+    session: Session,
+    *,
+    max_new_tokens: int,
+    sampler: Sampler = Sampler(),
+    key: PRNGKeyArray | None = None,
+) -> Iterator[tuple[int, Session]]:
+    """New tokens, each as soon as it is there, with the session before it: what `read` gave, going on."""
+    n = min(max_new_tokens, model.cfg.max_len - len(session.ids))
+    for i in range(n):
+        token = choose(logits, sampler, key, i)
+        yield int(token[0]), session
+        if i + 1 < n:  # else the session that was given last would be gone
+            cache = _with_room(session.cache, len(session.ids) + 1, model.cfg.max_len)
+            logits, cache = advance(model, params, token, cache, None)
+            session = Session((*session.ids, int(token[0])), cache)
+
+
+_prefill = functools.partial(jax.jit, static_argnums=0, donate_argnums=3)(prefill)
+
+
+def _cut(cache: Cache, length: int) -> Cache:
+    return cache._replace(positions=jnp.where(cache.positions < length, cache.positions, -1))
+
+
+def _with_room(cache: Cache, length: int, max_len: int) -> Cache:
+    """The cache with at least `length` slots. Position p stays in slot p, as no text is longer than its slots."""
+    n_slots = now = cache.positions.shape[1]
+    while n_slots < length:
+        n_slots *= 2
+    more = min(n_slots, max(max_len, length)) - now
+    if more <= 0:
+        return cache
+    layers = jax.tree.map(lambda leaf: jnp.pad(leaf, ((0, 0), (0, more), (0, 0), (0, 0))), cache.layers)
+    return Cache(layers, jnp.pad(cache.positions, ((0, 0), (0, more)), constant_values=-1))
