@@ -26,7 +26,8 @@ RANKS = {  # of every module of the package
     "training.loop": 8,
     "convert.layouts": 0, "convert.gguf": 1, "convert.fields": 1, "convert.mapping": 6, "convert.family": 7,
     "convert.decoders": 8, "convert.encoders": 8, "convert.gguf_models": 8, "convert.pretrained": 9,
-    "": 10,  # the public surface
+    "convert.sources": 10,
+    "": 11,  # the public surface
 }  # fmt: skip
 PURE = [name for name in RANKS if name.startswith("ops.") or name in ("training.losses", "decoding.samplers")]
 SOURCES = {  # by name; an empty __init__.py is no module

@@ -28,13 +28,25 @@ def read_tokenizer(directory: str | os.PathLike[str]) -> Subwords | Tokenizer:
     Raises:
         InputError: none is there, or one cannot be read or is not what its name says.
     """
+    tokenizer = find_tokenizer(directory)
+    if tokenizer is None:
+        known = ", ".join(" with ".join(names) for names, _ in _READERS)
+        raise InputError(f"{Path(directory)} holds no tokenizer; give a directory with one of {known}")
+    return tokenizer
+
+
+def find_tokenizer(directory: str | os.PathLike[str]) -> Subwords | Tokenizer | None:
+    """What `read_tokenizer` gives, or None where the directory holds no tokenizer.
+
+    Raises:
+        InputError: one cannot be read or is not what its name says.
+    """
     home = Path(directory)
     for names, read in _READERS:
         found = [sorted(home.glob(name)) for name in names]
         if all(found):
             return read(home, *(paths[0] for paths in found))
-    known = ", ".join(" with ".join(names) for names, _ in _READERS)
-    raise InputError(f"{home} holds no tokenizer; give a directory with one of {known}")
+    return None
 
 
 def _bytes(path: Path) -> bytes:

@@ -1,0 +1,154 @@
+"""A model by what a user calls it: a short name, a path, or `hf://org/name`; with its tokenizer.
+
+What can be opened is a table of kinds, each with a test, a reader of the model and a cheap reader of its tokenizer.
+"""
+
+import importlib
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from tx_jax.checkpoint import read_config, restore_params
+from tx_jax.config import ModelConfig
+from tx_jax.convert.gguf import is_gguf, open_gguf
+from tx_jax.convert.named import NAMED, fetch_model
+from tx_jax.convert.pretrained import DTYPES, load_pretrained, read_json
+from tx_jax.data.subwords import Subwords
+from tx_jax.data.tokenizers import Tokenizer
+from tx_jax.data.vocabularies import from_gguf
+from tx_jax.data.vocabulary_files import find_tokenizer
+from tx_jax.errors import InputError, require
+from tx_jax.models import build, init_params
+from tx_jax.parallel import shardings
+
+HUB = re.compile(r"hf://(?P<repo_id>[^/@\s]+/[^/@\s]+?)(@(?P<revision>\S+))?")
+HUB_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.tiktoken", "*.jinja")  # no code, no other weights
+POSSIBLE = (
+    f"a name ({', '.join(NAMED)}), a directory in Hugging Face's layout, a GGUF file, a run directory of train.py, "
+    "or hf://ORG/NAME[@REVISION]"
+)
+AnyTokenizer = Subwords | Tokenizer
+
+
+class Source(NamedTuple):
+    """A model from anywhere."""
+
+    cfg: ModelConfig
+    params: dict
+    tokenizer: AnyTokenizer | None  # None: the source has none
+    special_ids: dict[str, Any]  # bos_token_id, eos_token_id, …, as far as they are known
+    architecture: str | None  # of transformers; None: of a run of train.py
+
+
+def open_source(
+    name: str, *, dtype: str | None = "float32", mesh: Mesh | None = None, step: int | None = None
+) -> Source:
+    """The model and the tokenizer that `name` stands for. The network is used for a short name's first use and hf://.
+
+    Args:
+        name: one of POSSIBLE.
+        dtype: of the parameters: float32, bfloat16, float16; None: as they are stored.
+        mesh: place each parameter by its sharding on this mesh; None: the first device.
+        step: of a run directory's checkpoint; None: the newest.
+
+    Raises:
+        InputError: there is no such model, or it cannot be read.
+    """
+    require(dtype in DTYPES, f"dtype={dtype!r} is not one of float32, bfloat16, float16, or None, as stored")
+    path = find_source(name)
+    kind = _kind(path)
+    require(step is None or kind.has_steps, f"step={step} is of a run directory of train.py, and {path} is none")
+    return kind.read(path, dtype, mesh, step)
+
+
+def open_tokenizer(name: str) -> AnyTokenizer:
+    """The tokenizer that `name` brings, without the weights.
+
+    Raises:
+        InputError: there is no such model, or it has no tokenizer that can be read.
+    """
+    path = find_source(name)
+    tokenizer = _kind(path).tokenizer(path)
+    if tokenizer is None:
+        raise InputError(f"{path} holds no tokenizer; give another model, or put its tokenizer.json there")
+    return tokenizer
+
+
+def find_source(name: str) -> Path:
+    """The file or directory that `name` stands for; it is fetched if need be.
+
+    Raises:
+        InputError: there is none.
+    """
+    if name in NAMED:
+        return fetch_model(name)
+    if hub := HUB.fullmatch(name):
+        return _fetch_from_hub(hub["repo_id"], hub["revision"])
+    path = Path(name).expanduser()
+    require(name and path.exists(), f"model {name!r} does not exist; give {POSSIBLE}")
+    return path
+
+
+def _fetch_from_hub(repo_id: str, revision: str | None) -> Path:
+    try:
+        hub = importlib.import_module("huggingface_hub")
+    except ImportError as error:
+        raise InputError(f"hf://{repo_id} needs the package huggingface_hub; pip install 'tx_jax[hf]'") from error
+    try:
+        return Path(hub.snapshot_download(repo_id, revision=revision, allow_patterns=list(HUB_FILES)))
+    except (OSError, ValueError) as error:  # of the network, of the hub, of a name that is none
+        why = str(error).strip().split("\n")[0]
+        raise InputError(f"cannot fetch hf://{repo_id} ({why:.120}); check its name and the network") from error
+
+
+def _is_run(path: Path) -> bool:
+    """Whether its config.json is one of ours: Hugging Face's has no such keys."""
+    config = path / "config.json"
+    return config.is_file() and {"run_dir", "model"} <= read_json(config).keys()
+
+
+def _read_run(path: Path, dtype: str | None, mesh: Mesh | None, step: int | None) -> Source:
+    cfg = read_config(path).model
+    shapes = jax.eval_shape(lambda key: init_params(build(cfg), key), jax.random.key(0))
+    params = restore_params(path, shapes, step)
+    params = params if dtype is None else jax.tree.map(lambda leaf: leaf.astype(DTYPES[dtype]), params)
+    params = params if mesh is None else jax.device_put(params, shardings(params, mesh))
+    tokenizer = _run_tokenizer(path)
+    ends = {"bos_token_id": getattr(tokenizer, "bos_id", None), "eos_token_id": list(getattr(tokenizer, "eos_ids", ()))}
+    return Source(cfg, params, tokenizer, {key: value for key, value in ends.items() if value not in (None, [])}, None)
+
+
+def _run_tokenizer(path: Path) -> AnyTokenizer | None:
+    return find_tokenizer(path / "tokenizer")
+
+
+def _read_public(path: Path, dtype: str | None, mesh: Mesh | None, step: int | None) -> Source:
+    cfg, params, special_ids, architecture = load_pretrained(path, dtype=dtype, mesh=mesh)
+    return Source(cfg, params, _kind(path).tokenizer(path), special_ids, architecture)
+
+
+def _gguf_tokenizer(path: Path) -> AnyTokenizer | None:
+    metadata, _ = open_gguf(path)
+    return from_gguf(metadata) if "tokenizer.ggml.model" in metadata else None
+
+
+class _Kind(NamedTuple):
+    fits: Callable[[Path], bool]
+    read: Callable[[Path, str | None, Mesh | None, int | None], Source]
+    tokenizer: Callable[[Path], AnyTokenizer | None]
+    has_steps: bool = False
+
+
+_KINDS = (  # the first that fits
+    _Kind(is_gguf, _read_public, _gguf_tokenizer),
+    _Kind(_is_run, _read_run, _run_tokenizer, has_steps=True),
+    _Kind(lambda path: True, _read_public, find_tokenizer),
+)
+
+
+def _kind(path: Path) -> _Kind:
+    return next(kind for kind in _KINDS if kind.fits(path))
