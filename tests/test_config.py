@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tx_jax import config as checked
+from tx_jax.config_json import from_json, to_json
 from tx_jax.errors import InputError
 from tx_jax.presets import MODELS, RUNS
 
@@ -117,6 +118,9 @@ IMPOSSIBLE = [  # (class, fields, what the message says)
     (Mesh, {"data": 0}, "mesh.data=0 must be at least 1, or None"),
     (Mesh, {"tensor": -2}, "mesh.tensor=-2 must be at least 1, or None"),
     (Run, {"data": Data(seq_len=2048)}, "data.seq_len=2048 exceeds model.max_len=1024; raise model.max_len or"),
+    (config.LoraConfig, {"rank": -1}, "lora.rank=-1 must not be negative; 0 trains all parameters"),
+    (config.LoraConfig, {"alpha": 0.0}, "lora.alpha=0.0 must be positive; twice the rank is usual"),
+    (Run, {"lora": config.LoraConfig(rank=4)}, "lora.rank=4 needs a model to adapt; give --init"),
     (Run, {"run_dir": ""}, "run_dir='' names no directory; use --run-dir runs/NAME"),
     (Run, {"train": Train(n_steps=50)}, "optim.warmup_steps=100 exceeds train.n_steps=50; shorten the warm-up"),
 ]  # fmt: skip
@@ -131,7 +135,7 @@ def test_impossible(kind, fields, says):
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_go_to_json_and_back(name):
     preset = PRESETS[name]
-    copy = checked.from_json(type(preset), checked.to_json(preset))
+    copy = from_json(type(preset), to_json(preset))
     assert copy == preset
     assert hash(copy) == hash(preset)
 
@@ -149,13 +153,16 @@ MODEL_CONFIGS = st.builds(
 def test_any_run_goes_to_json_and_back(run_dir, prompt, rate, model):
     optim, train = Optim(peak_lr=rate, end_lr=rate / 3), Train(sample_prompt=prompt)
     run = Run(run_dir=run_dir, model=model, optim=optim, train=train, mesh=Mesh(fsdp=2))
-    assert config.from_json(Run, config.to_json(run)) == run
+    assert from_json(Run, to_json(run)) == run
 
 
 REFUSED = [  # (text, what the message says)
     ("{", "not JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1))"),
     ("[1, 2]", "RunConfig=[1, 2] must be a JSON object of its fields"),
-    ('{"modle": {}}', "RunConfig has no field modle; its fields are run_dir, model, data, optim, train, mesh"),
+    (
+        '{"modle": {}}',
+        "RunConfig has no field modle; its fields are run_dir, init, model, data, optim, ",
+    ),
     ('{"model": {"b": 1, "a": 2}}', "ModelConfig has no field a, b; its fields are stack, vocab_size, "),
     ('{"model": {"rotary": 3}}', "RotaryConfig=3 must be a JSON object of its fields"),
     ('{"model": {"n_layers": 0}}', "n_layers=0 must be at least 1"),
@@ -167,11 +174,11 @@ REFUSED = [  # (text, what the message says)
 @pytest.mark.parametrize(("text", "says"), REFUSED)
 def test_json_refused(text, says):
     with pytest.raises(InputError, match=f"^[^\n]*{re.escape(says)}[^\n]*$"):
-        config.from_json(Run, text)
+        from_json(Run, text)
 
 
 def test_every_field_is_in_the_json():
-    values = json.loads(config.to_json(Run()))
+    values = json.loads(to_json(Run()))
     for field in dataclasses.fields(Run):
         if dataclasses.is_dataclass(field.type):
             assert values[field.name].keys() == {inner.name for inner in dataclasses.fields(field.type)}

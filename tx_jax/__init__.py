@@ -4,6 +4,7 @@ from tx_jax import presets
 from tx_jax.cache import Cache, LayerCache, init_cache
 from tx_jax.config import (
     DataConfig,
+    LoraConfig,
     MeshConfig,
     ModelConfig,
     OptimConfig,
@@ -15,6 +16,7 @@ from tx_jax.data.batches import Batch
 from tx_jax.decoding.generate import Generation, Prompt, decode, generate, pad_prompts, prefill, prepare, stream
 from tx_jax.decoding.samplers import Sampler, sample
 from tx_jax.errors import InputError
+from tx_jax.lora import init_lora, merge_lora
 from tx_jax.models import DecoderLM, Encoder, EncoderDecoder, build, count_params, init_params
 from tx_jax.ops.attention import attention
 from tx_jax.ops.masks import Mask
@@ -33,6 +35,7 @@ __all__ = [
     "Generation",
     "InputError",
     "LayerCache",
+    "LoraConfig",
     "Mask",
     "MeshConfig",
     "Metrics",
@@ -51,6 +54,7 @@ __all__ = [
     "decode",
     "generate",
     "init_cache",
+    "init_lora",
     "init_params",
     "init_state",
     "jit_step",
@@ -59,6 +63,7 @@ __all__ = [
     "make_optimizer",
     "make_schedule",
     "make_train_step",
+    "merge_lora",
     "pad_prompts",
     "pmap_step",
     "prefill",

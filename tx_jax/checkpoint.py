@@ -12,7 +12,7 @@ import os
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +20,13 @@ from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, PyTree
 from orbax.checkpoint import v1 as ocp
 
-from tx_jax.config import RunConfig, from_json, to_json
+from tx_jax.config import RunConfig
+from tx_jax.config_json import from_json, to_json
 from tx_jax.errors import InputError, require
 
 RunDir = str | os.PathLike[str]
 UNFINISHED = ".orbax-checkpoint-tmp"  # Orbax's suffix of what is not whole (orbax TMP_DIR_SUFFIX)
+BASE = "base"  # in a run directory: the parameters that adapters are beside, as the step 0 of a run of its own
 UNFINISHED_CONFIG = "config.json.tmp"
 EARLIER = "remove it to go back to an earlier step"
 # Fields that may change when a run goes on: they do not enter the mathematics of a step.
@@ -150,6 +152,29 @@ def restore_params(run_dir: RunDir, abstract_params: PyTree, step: int | None = 
         InputError: as `restore`.
     """
     return _load(_step_dir(run_dir, step), {"params": abstract_params})[0]["params"]
+
+
+class _Base(NamedTuple):
+    step: Any
+    params: Any
+
+
+def save_base(run_dir: RunDir, params: PyTree[Array]) -> None:
+    """Write once, apart from all checkpoints, the parameters that a run does not change; nothing if there are none."""
+    home = pathlib.Path(run_dir) / BASE
+    if jax.tree.leaves(params) and latest_step(home) is None:
+        with saver(home, keep=1) as save:
+            save(0, _Base(jnp.int32(0), params), {})
+
+
+def restore_base(run_dir: RunDir, abstract_params: PyTree) -> PyTree[Array]:
+    """What `save_base` wrote.
+
+    Raises:
+        InputError: as `restore`.
+    """
+    none = not jax.tree.leaves(abstract_params)
+    return abstract_params if none else restore_params(pathlib.Path(run_dir) / BASE, abstract_params)
 
 
 def _load(path: pathlib.Path, parts: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

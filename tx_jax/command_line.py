@@ -5,10 +5,12 @@ A run config is a preset or a config.json, with flags on top.
 
 import contextlib
 import ctypes
+import dataclasses
 import difflib
 import io
 import itertools
 import logging
+import operator
 import os
 import re
 import sys
@@ -19,7 +21,8 @@ from typing import TypeVar
 import jax
 import tyro
 
-from tx_jax.config import RunConfig, from_json
+from tx_jax.config import OF_THE_RUN, ModelConfig, RunConfig
+from tx_jax.config_json import from_json
 from tx_jax.data.wheels import cache_dir
 from tx_jax.errors import InputError, require
 from tx_jax.presets import RUNS
@@ -32,6 +35,11 @@ presets:
 {presets}
 A CONFIG.json is what a run directory holds. All flags, with their values: python train.py PRESET --help
 """
+OF_INIT = (  # what is that of the model to begin with, if there is one
+    *(f"model.{field.name}" for field in dataclasses.fields(ModelConfig) if field.name not in OF_THE_RUN),
+    "data.tokenizer",
+    "data.vocab_size",
+)
 C = TypeVar("C")
 
 
@@ -126,7 +134,21 @@ def parse_run(args: list[str]) -> RunConfig:
         print(USAGE.format(presets="".join(rows)))
         sys.exit(0)
     default = RUNS[name](jax.default_backend()) if name in RUNS else _read(Path(name))
-    return parse(RunConfig, flags, prog=f"train.py {name}", default=default)
+    cfg = parse(RunConfig, flags, prog=f"train.py {name}", default=default)
+    check_init(cfg, default)
+    return cfg
+
+
+def check_init(cfg: RunConfig, default: RunConfig) -> None:
+    """Hold a run that begins with another model to the flags that have a say then.
+
+    Raises:
+        InputError: a flag says of the model, or of its tokenizer, what --init says already.
+    """
+    changed = [name for name in OF_INIT if operator.attrgetter(name)(cfg) != operator.attrgetter(name)(default)]
+    flags = ", ".join("--" + name.replace("_", "-") for name in changed[:3])
+    rule = f"{flags} cannot be chosen with --init {cfg.init}, which brings its model and its tokenizer"
+    require(cfg.init is None or not changed, f"{rule}; leave out the one or the other")
 
 
 def _read(path: Path) -> RunConfig:

@@ -4,11 +4,10 @@ A config is data. It says what a thing is, never how a call is made, and it chec
 """
 
 import dataclasses
-import json
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 from tx_jax.config_checks import check, divisors
-from tx_jax.errors import InputError, require
+from tx_jax.errors import require
 
 Stack = Literal["decoder", "encoder", "encoder_decoder"]
 PositionScheme = Literal["none", "sinusoidal", "sinusoidal_concat", "learned", "rotary", "rotary_pairs", "alibi", "t5"]
@@ -20,8 +19,10 @@ Biases = Literal["none", "norm", "mlp", "qkv", "attention", "all"]
 Init = Literal["normal", "xavier"]
 DType = Literal["float32", "bfloat16"]
 Schedule = Literal["constant", "cosine", "noam", "wsd"]
-TokenizerKind = Literal["char", "byte"]
-C = TypeVar("C")
+TokenizerKind = Literal["char", "byte", "bpe"]
+
+# Fields of ModelConfig that a run says itself of a model that RunConfig.init gives it.
+OF_THE_RUN = ("dropout_rate", "attention_dropout_rate", "dtype")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -166,7 +167,8 @@ class DataConfig:
 
     corpus: Literal["tiny_shakespeare"] = "tiny_shakespeare"  # used when path is None
     path: str | None = None  # a UTF-8 text file, or a directory of *.txt, of your own
-    tokenizer: TokenizerKind = "char"  # char | byte
+    tokenizer: TokenizerKind = "char"  # char | byte | bpe, learnt from the text
+    vocab_size: int = 4096  # ids of a bpe tokenizer, at most
     seq_len: int = 64  # tokens (T)
     batch_size: int = 12  # sequences in a step, over all devices (B)
     valid_fraction: float = 0.1  # the last part of the text, held out
@@ -247,20 +249,38 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Adapters of low rank that are trained in place of the parameters. Source: Hu et al. 2021."""
+
+    rank: int = 0  # of what is added to each matrix (r); 0: no adapters, all parameters are trained
+    alpha: float = 16.0  # what is added counts alpha / rank times
+    targets: str = r"attention/(q|v)/kernel$"  # matrices, by a pattern of their path; q and v as in §7.1 of the source
+
+    def __post_init__(self) -> None:
+        check(self)
+        require(self.rank >= 0, f"lora.rank={self.rank} must not be negative; 0 trains all parameters")
+        require(self.alpha > 0, f"lora.alpha={self.alpha} must be positive; twice the rank is usual")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """A whole training run: `train.py` makes one, its run directory keeps it, `sample.py` reads it."""
 
     run_dir: str = "runs/run"  # where everything is written
+    init: str | None = None  # what to begin with: smollm2, a Hugging Face directory, a GGUF file, a run, hf://ORG/NAME
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     mesh: MeshConfig = MeshConfig()
+    lora: LoraConfig = LoraConfig()
 
     def __post_init__(self) -> None:
         check(self)
-        long, room = self.data.seq_len, self.model.max_len
-        require(long <= room, f"data.seq_len={long} exceeds model.max_len={room}; raise model.max_len or shorten it")
+        long, room, given = self.data.seq_len, self.model.max_len, self.init is not None  # then the model is init's
+        rule = f"data.seq_len={long} exceeds model.max_len={room}"
+        require(given or long <= room, f"{rule}; raise model.max_len or shorten it")
+        require(given or not self.lora.rank, f"lora.rank={self.lora.rank} needs a model to adapt; give --init")
         require(self.run_dir != "", "run_dir='' names no directory; use --run-dir runs/NAME")
         warm, total = self.optim.warmup_steps, self.train.n_steps
         require(
@@ -272,33 +292,3 @@ class RunConfig:
             decay is None or self.optim.schedule != "wsd" or 1 <= decay <= total - warm,
             f"optim.decay_steps={decay} must be 1 to {total - warm}: train.n_steps={total} without the warm-up",
         )
-
-
-def to_json(config: Any) -> str:
-    """A config as JSON text."""
-    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
-
-
-def from_json(kind: type[C], text: str) -> C:
-    """The config of class `kind` that `to_json` wrote.
-
-    Raises:
-        InputError: `text` is not JSON, has a field that `kind` does not know, or breaks one of its rules.
-    """
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"not JSON ({error}); a config is written by tx_jax.config.to_json") from error
-    return _from_dict(kind, values)
-
-
-def _from_dict(kind: type[C], values: Any) -> C:
-    name = kind.__name__
-    require(isinstance(values, dict), f"{name}={values!r} must be a JSON object of its fields")
-    fields: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(kind)}  # pyright: ignore
-    unknown = sorted(set(values) - set(fields))
-    require(not unknown, f"{name} has no field {', '.join(unknown)}; its fields are {', '.join(fields)}")
-    nested = {
-        key: _from_dict(fields[key], value) for key, value in values.items() if dataclasses.is_dataclass(fields[key])
-    }
-    return kind(**(values | nested))

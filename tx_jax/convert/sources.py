@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from tx_jax.checkpoint import read_config, restore_params
+from tx_jax.checkpoint import read_config, restore_base, restore_params
 from tx_jax.config import ModelConfig
 from tx_jax.convert.gguf import is_gguf, open_gguf
 from tx_jax.convert.named import NAMED, fetch_model
@@ -22,6 +22,7 @@ from tx_jax.data.tokenizers import Tokenizer
 from tx_jax.data.vocabularies import from_gguf
 from tx_jax.data.vocabulary_files import find_tokenizer
 from tx_jax.errors import InputError, require
+from tx_jax.lora import init_lora, merge_lora
 from tx_jax.models import build, init_params
 from tx_jax.parallel import shardings
 
@@ -112,9 +113,14 @@ def is_run(path: Path) -> bool:
 
 
 def _read_run(path: Path, dtype: str | None, mesh: Mesh | None, step: int | None) -> Source:
-    cfg = read_config(path).model
+    run = read_config(path)
+    cfg, lora = run.model, run.lora
     shapes = jax.eval_shape(lambda key: init_params(build(cfg), key), jax.random.key(0))
-    params = restore_params(path, shapes, step)
+    if lora.rank:
+        adapters = jax.eval_shape(lambda key: init_lora(shapes, key, lora.rank, lora.targets), jax.random.key(0))
+        params = merge_lora(restore_base(path, shapes), restore_params(path, adapters, step), lora.alpha)
+    else:
+        params = restore_params(path, shapes, step)
     params = params if dtype is None else jax.tree.map(lambda leaf: leaf.astype(DTYPES[dtype]), params)
     params = params if mesh is None else jax.device_put(params, shardings(params, mesh))
     tokenizer = _run_tokenizer(path)

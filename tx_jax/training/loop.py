@@ -16,10 +16,11 @@ import jax
 import numpy as np
 
 from tx_jax import checkpoint
-from tx_jax.config import ModelConfig, RunConfig
+from tx_jax.config import RunConfig
+from tx_jax.convert.sources import AnyTokenizer
 from tx_jax.data.batches import Batch, split, train_batches, valid_batches
 from tx_jax.data.corpora import load_text
-from tx_jax.data.tokenizers import FILE, TOKENIZERS, Tokenizer, load_tokenizer
+from tx_jax.data.vocabulary_files import find_tokenizer
 from tx_jax.decoding.generate import generate
 from tx_jax.decoding.samplers import Sampler
 from tx_jax.errors import require
@@ -28,7 +29,8 @@ from tx_jax.models import DecoderLM
 from tx_jax.parallel import AXIS, Launcher, jit_step, make_mesh, pmap_step
 from tx_jax.training.optim import make_optimizer, make_schedule
 from tx_jax.training.report import Report
-from tx_jax.training.step import TrainState, init_state, make_eval_step, make_train_step
+from tx_jax.training.start import first_state, make_assemble, open_start
+from tx_jax.training.step import TrainState, make_eval_step, make_train_step
 
 
 def fit(cfg: RunConfig) -> TrainState:
@@ -42,13 +44,14 @@ def fit(cfg: RunConfig) -> TrainState:
 
 
 def _fit(cfg: RunConfig, stop: threading.Event) -> TrainState:
-    train, run_dir = cfg.train, Path(cfg.run_dir)
+    run_dir = Path(cfg.run_dir)
     text = load_text(cfg.data.path, cfg.data.corpus)
     text_sha256 = hashlib.sha256(text.encode()).hexdigest()
-    tokenizer = TOKENIZERS[cfg.data.tokenizer].train(text)
+    cfg, tokenizer, params = open_start(cfg, text)
+    train = cfg.train
     if train.sample_prompt is None:
         train = dataclasses.replace(train, sample_prompt="\n" if "\n" in text else text[0])
-    cfg = dataclasses.replace(cfg, model=fill_vocabulary(cfg.model, tokenizer), train=train)
+        cfg = dataclasses.replace(cfg, train=train)
     train_ids, valid_ids = split(tokenizer.encode(text), cfg.data.valid_fraction)
     shape = {"seq_len": cfg.data.seq_len, "batch_size": cfg.data.batch_size}
     batches = iter(train_batches(train_ids, **shape, seed=train.seed))
@@ -57,24 +60,33 @@ def _fit(cfg: RunConfig, stop: threading.Event) -> TrainState:
 
     model = DecoderLM(cfg.model)
     optimizer, schedule = make_optimizer(cfg.optim, train.n_steps), make_schedule(cfg.optim, train.n_steps)
-    state = jax.eval_shape(lambda key: init_state(model, optimizer, key), jax.random.key(0))
+    state = jax.eval_shape(lambda key: first_state(cfg.lora, model, optimizer, key), jax.random.key(0))
+    n_trained = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     launch = make_launcher(cfg, model, optimizer, state)
     launch.put_batch(held_out[0])  # refuses a batch that the devices cannot share, before anything is written
     evaluate = jax.jit(make_eval_step(model))
+    assemble = make_assemble(cfg.lora)
+
+    def whole(state: TrainState) -> dict:
+        return assemble(*launch.host_state((state.params, state.frozen)))
 
     check_tokenizer(run_dir, tokenizer)
     checkpoint.claim_run_dir(run_dir, cfg)
     tokenizer.save(run_dir / "tokenizer")
     step = checkpoint.latest_step(run_dir) or 0
     if step:
-        state, position = checkpoint.restore(run_dir, state)
+        frozen = checkpoint.restore_base(run_dir, state.frozen)
+        state, position = checkpoint.restore(run_dir, state._replace(frozen=()))
+        state = state._replace(frozen=frozen)
         check_text(run_dir, position["text_sha256"], text_sha256)
         batches.set_state(position["batches"])
     else:
-        state = jax.jit(init_state, static_argnums=(0, 1))(model, optimizer, jax.random.key(train.seed))
+        begin = jax.jit(first_state, static_argnums=(0, 1, 2), donate_argnums=4)
+        state = begin(cfg.lora, model, optimizer, jax.random.key(train.seed), params)
+        checkpoint.save_base(run_dir, state.frozen)
     state = launch.put_state(state)
 
-    with Report(cfg, step) as report, checkpoint.saver(run_dir, train.keep) as save:
+    with Report(cfg, step, n_trained) as report, checkpoint.saver(run_dir, train.keep) as save:
         last = step == train.n_steps
         while not last:
             state, metrics = launch.step(state, launch.put_batch(next(batches)))
@@ -84,15 +96,16 @@ def _fit(cfg: RunConfig, stop: threading.Event) -> TrainState:
                 report.training(step, metrics, float(schedule(step - 1)))
             if due(step, train.eval_every, train.n_steps):
                 with report.pause(metrics):
-                    report.validation(step, mean_loss(evaluate, launch, state, held_out))
+                    report.validation(step, mean_loss(evaluate, whole(state), held_out))
             if due(step, train.sample_every, train.n_steps):
                 with report.pause(metrics):
                     key = jax.random.fold_in(jax.random.key(train.seed), step)
-                    ids = sample_ids(model, launch.host_state(state.params), prompt, train.sample_tokens, key)
-                    report.sample(step, tokenizer.decode(ids))
+                    ids = sample_ids(model, whole(state), prompt, train.sample_tokens, key)
+                    report.sample(step, tokenizer.decode(ids[ids < tokenizer.vocab_size]))  # a table may be padded
             if due(step, train.save_every) or last:
                 with report.pause(metrics):
-                    save(step, launch.host_state(state), {"batches": batches.get_state(), "text_sha256": text_sha256})
+                    moves = launch.host_state(state._replace(frozen=()))
+                    save(step, moves, {"batches": batches.get_state(), "text_sha256": text_sha256})
                     plot_metrics(run_dir)
         report.end(step, stopped=step < train.n_steps)
     return launch.host_state(state)
@@ -103,7 +116,7 @@ def due(step: int, every: int, end: int | None = None) -> bool:
     return every > 0 and (step % every == 0 or step == end)
 
 
-def read_prompt(cfg: RunConfig, tokenizer: Tokenizer) -> np.ndarray:
+def read_prompt(cfg: RunConfig, tokenizer: AnyTokenizer) -> np.ndarray:
     """The ids (1, T) of the prompt of samples on the way.
 
     Raises:
@@ -117,16 +130,15 @@ def read_prompt(cfg: RunConfig, tokenizer: Tokenizer) -> np.ndarray:
     return prompt[None]
 
 
-def check_tokenizer(run_dir: Path, tokenizer: Tokenizer) -> None:
+def check_tokenizer(run_dir: Path, tokenizer: AnyTokenizer) -> None:
     """Hold a run that goes on to the ids that it began with.
 
     Raises:
         InputError: run_dir holds another tokenizer.
     """
-    home = run_dir / "tokenizer"
-    held = load_tokenizer(home) if (home / FILE).exists() else tokenizer
+    held = find_tokenizer(run_dir / "tokenizer")
     rule = f"run_dir='{run_dir}' holds a run with another tokenizer, such as that of another text"
-    require(held == tokenizer, f"{rule}; use another --run-dir, or its text and its --data.tokenizer")
+    require(held in (None, tokenizer), f"{rule}; use another --run-dir, or its text, --data.tokenizer and --init")
 
 
 def check_text(run_dir: Path, held: str, now: str) -> None:
@@ -139,28 +151,16 @@ def check_text(run_dir: Path, held: str, now: str) -> None:
     require(held == now, f"{rule}; use another --run-dir, or bring its text back")
 
 
-def fill_vocabulary(cfg: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
-    """The config with the tokenizer's vocabulary, if it has none of its own.
-
-    Raises:
-        InputError: its own is another: there would be ids without text, or text without ids.
-    """
-    V, needed = cfg.vocab_size or tokenizer.vocab_size, tokenizer.vocab_size
-    require(needed == V, f"model.vocab_size={V} is not the tokenizer's {needed}; leave it out")
-    return dataclasses.replace(cfg, vocab_size=V)
-
-
 def make_launcher(cfg: RunConfig, model: DecoderLM, optimizer, state: TrainState) -> Launcher:
     """`pmap` where one host has several devices and no mesh is asked for; otherwise `jit`, on the mesh that is."""
-    smoothing = cfg.train.label_smoothing_rate
+    how = {"label_smoothing": cfg.train.label_smoothing_rate, "assemble": make_assemble(cfg.lora)}
     if cfg.mesh == type(cfg.mesh)() and jax.process_count() == 1 and jax.local_device_count() > 1:
-        return pmap_step(make_train_step(model, optimizer, label_smoothing=smoothing, axis_name=AXIS))
-    return jit_step(make_train_step(model, optimizer, label_smoothing=smoothing), state, make_mesh(cfg.mesh))
+        return pmap_step(make_train_step(model, optimizer, **how, axis_name=AXIS))
+    return jit_step(make_train_step(model, optimizer, **how), state, make_mesh(cfg.mesh))
 
 
-def mean_loss(evaluate, launch: Launcher, state: TrainState, batches: list[Batch]) -> float:
+def mean_loss(evaluate, params: dict, batches: list[Batch]) -> float:
     """Nats per token over all batches."""
-    params = launch.host_state(state.params)
     sums = [evaluate(params, batch) for batch in batches]
     total, count = np.sum(jax.device_get(sums), axis=0)
     return float(total / count)

@@ -19,8 +19,8 @@ from tx_jax.training.step import Metrics
 class Report:
     """Speaks for one run. Speeds leave out compiling, evaluating, sampling and saving."""
 
-    def __init__(self, cfg: RunConfig, step: int):
-        self.cfg, self.first = cfg, step + 1
+    def __init__(self, cfg: RunConfig, step: int, n_trained: int):
+        self.cfg, self.first, self.n_trained = cfg, step + 1, n_trained
         self.run_dir = Path(cfg.run_dir)
         self.tokens_a_step = cfg.data.batch_size * cfg.data.seq_len
         self.console = Console(highlight=False, soft_wrap=True, force_jupyter=False)  # plain lines in a notebook
@@ -41,7 +41,10 @@ class Report:
     def __enter__(self) -> "Report":
         cfg, n = self.cfg, count_params(self.cfg.model)
         devices = f"{jax.device_count()} × {jax.devices()[0].device_kind}"
-        self.line(f"{n:,} parameters, {self.tokens_a_step:,} tokens a step, on {devices}, in {self.run_dir}/")
+        of = "" if self.cfg.init is None else f" of {self.cfg.init}"
+        adapters = f" and {self.n_trained:,} in adapters, which are trained" if self.cfg.lora.rank else ""
+        speed = f"{self.tokens_a_step:,} tokens a step, on {devices}"
+        self.line(f"{n:,} parameters{of}{adapters}, {speed}, in {self.run_dir}/")
         if self.first > 1:
             self.line(f"continuing after step {self.first - 1} of {cfg.train.n_steps}")
         self.bar.start()

@@ -31,9 +31,10 @@ class TrainState(NamedTuple):
     """Everything that a run is made of, but for its place in the data."""
 
     step: Int[Array, ""]  # optimiser steps done
-    params: dict
+    params: dict  # what is trained
     opt_state: optax.OptState
     key: PRNGKeyArray
+    frozen: Any = ()  # what is not: the parameters that adapters are beside
 
 
 class Metrics(NamedTuple):
@@ -44,10 +45,12 @@ class Metrics(NamedTuple):
     n_tokens: Float[Array, ""]  # tokens with weight
 
 
-def init_state(model: Model, optimizer: optax.GradientTransformation, key: PRNGKeyArray) -> TrainState:
-    """The state before the first step."""
+def init_state(
+    model: Model, optimizer: optax.GradientTransformation, key: PRNGKeyArray, params: dict | None = None
+) -> TrainState:
+    """The state before the first step, with these parameters or fresh ones."""
     init_key, key = jax.random.split(key)
-    params = init_params(model, init_key)
+    params = init_params(model, init_key) if params is None else params
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), key)
 
 
@@ -57,18 +60,25 @@ def make_train_step(
     *,
     label_smoothing: float = 0.0,
     axis_name: str | None = None,
+    assemble: Callable[[Any, Any], dict] = lambda params, frozen: params,
 ) -> Callable[[TrainState, Examples], tuple[TrainState, Metrics]]:
-    """A pure (state, batch) → (state, metrics). `axis_name` is that of a `pmap`, if it runs inside one."""
+    """A pure (state, batch) → (state, metrics).
 
-    def loss(params: dict, batch: Examples, key: PRNGKeyArray) -> tuple[Array, Array]:
-        logits, _ = model.apply({"params": params}, **batch.inputs, deterministic=False, rngs={"dropout": key})
+    Args:
+        axis_name: that of a `pmap`, if it runs inside one.
+        assemble: (state.params, state.frozen) → the model's parameters, such as adapters with what they adapt.
+    """
+
+    def loss(params: dict, frozen: Any, batch: Examples, key: PRNGKeyArray) -> tuple[Array, Array]:
+        whole = assemble(params, frozen)
+        logits, _ = model.apply({"params": whole}, **batch.inputs, deterministic=False, rngs={"dropout": key})
         return cross_entropy(logits, batch.targets, batch.weights, label_smoothing=label_smoothing)
 
     def step(state: TrainState, batch: Examples) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
         if axis_name is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-        (total, count), grads = jax.value_and_grad(loss, has_aux=True)(state.params, batch, key)
+        (total, count), grads = jax.value_and_grad(loss, has_aux=True)(state.params, state.frozen, batch, key)
         if axis_name is not None:
             total, count, grads = jax.lax.psum((total, count, grads), axis_name)
         divisor = jnp.where(count > 0, count, 1.0)  # a batch of padding alone has a gradient of 0
@@ -76,7 +86,7 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
         metrics = Metrics(total / divisor, optax.tree.norm(grads), count)
-        return TrainState(state.step + 1, params, opt_state, state.key), metrics
+        return state._replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     return step
 

@@ -1,0 +1,97 @@
+"""LoRA: a matrix W learns as W + α/r · B A, with B and A of rank r, and all else stays as it is (Hu et al. 2021, §4.1).
+
+A pure transformation of the parameter tree, which no module knows of: adapters are a smaller tree beside it, and a
+model runs on what `merge_lora` makes of both.
+"""
+
+import math
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+from tx_jax.config import LoraConfig
+from tx_jax.errors import InputError, require
+
+TARGETS = LoraConfig().targets
+
+
+class Adapter(NamedTuple):
+    """What is added to one kernel, which is (out, in)."""
+
+    a: Float[Array, "rank inner"]
+    b: Float[Array, "outer rank"]
+
+
+def init_lora(params: PyTree, key: PRNGKeyArray, rank: int, targets: str = TARGETS) -> dict:
+    """Adapters of all matrices whose path matches `targets`, in a tree like that of `params`; they add zero at first.
+
+    Args:
+        params: a parameter tree, or its shapes from `jax.eval_shape`.
+        rank: of each added matrix (r).
+        targets: a regular expression, searched for in paths such as stack/blocks_0/attention/q/kernel.
+
+    >>> init_lora({"q": {"kernel": jnp.ones((3, 5))}}, jax.random.key(0), rank=2, targets="q")["q"]["kernel"].b.shape
+    (3, 2)
+
+    Raises:
+        InputError: nothing matches, or what does is no matrix, or has no room for the rank.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    shapes = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
+    require(rank >= 1, f"rank={rank} must be at least 1; 8 is usual")
+    tree: dict = {}
+    for i, name in enumerate(_matches(targets, list(shapes))):
+        shape = shapes[name]
+        require(len(shape) == 2, f"targets={targets!r} matches {name}, which is {list(shape)}, no matrix; narrow it")
+        rule = f"rank={rank} exceeds what {name} of {list(shape)} has; use at most {min(shape)}, or narrow the targets"
+        require(rank <= min(shape), rule)
+        *parents, last = name.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = _init_adapter(jax.random.fold_in(key, i), rank, *shape)
+    return tree
+
+
+def _matches(targets: str, names: list[str]) -> list[str]:
+    try:
+        found = [name for name in names if re.search(targets, name)]
+    except re.error as error:
+        rule = f"targets={targets!r} is not a regular expression ({error})"
+        raise InputError(f"{rule}; the default is {TARGETS}") from error
+    kernels = [name for name in names if name.endswith("kernel")] or names
+    require(found, f"targets={targets!r} matches no parameter; there are {', '.join(kernels[:8])}, …")
+    return found
+
+
+def _init_adapter(key: PRNGKeyArray, rank: int, outer: int, inner: int) -> Adapter:
+    bound = 1 / math.sqrt(inner)  # github.com/microsoft/LoRA, loralib/layers.py: Kaiming's with a = √5
+    return Adapter(jax.random.uniform(key, (rank, inner), minval=-bound, maxval=bound), jnp.zeros((outer, rank)))
+
+
+def merge_lora(params: PyTree, lora: PyTree, alpha: float) -> Any:
+    """The parameter tree with W + alpha / rank · B A in place of each adapted W, in W's dtype; the rest is shared.
+
+    >>> adapter = Adapter(a=jnp.ones((1, 2)), b=jnp.full((2, 1), 3.0))
+    >>> merge_lora({"kernel": jnp.eye(2)}, {"kernel": adapter}, alpha=2.0)["kernel"].tolist()
+    [[7.0, 6.0], [6.0, 7.0]]
+
+    Raises:
+        InputError: the adapters are not of this tree.
+    """
+    if isinstance(lora, Adapter):
+        return _add(params, lora, alpha)
+    absent = [name for name in lora if name not in params]
+    require(not absent, f"adapters of {', '.join(absent[:3])} have no such parameters; they are of another model")
+    return params | {name: merge_lora(params[name], part, alpha) for name, part in lora.items()}
+
+
+def _add(kernel: Array, adapter: Adapter, alpha: float) -> Array:
+    a, b = adapter
+    shape = (b.shape[0], a.shape[1])
+    require(kernel.shape == shape, f"an adapter of {list(shape)} does not fit {list(kernel.shape)}; use its own model")
+    product = jnp.einsum("OR,RI->OI", b, a, precision="highest")  # an exported model is what was trained
+    return (kernel + alpha / a.shape[0] * product).astype(kernel.dtype)

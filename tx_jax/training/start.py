@@ -1,0 +1,84 @@
+"""What a run starts from: a tokenizer of its text and fresh weights, or both of another model (RunConfig.init).
+
+And what is trained of it: all parameters, or adapters (RunConfig.lora) beside a base that stays as it is.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from jaxtyping import PRNGKeyArray
+
+from tx_jax.checkpoint import latest_step, read_config
+from tx_jax.config import OF_THE_RUN, LoraConfig, ModelConfig, RunConfig
+from tx_jax.convert.sources import AnyTokenizer, open_source
+from tx_jax.data.trained import train_tokenizer
+from tx_jax.data.vocabulary_files import read_tokenizer
+from tx_jax.errors import InputError, require
+from tx_jax.lora import init_lora, merge_lora
+from tx_jax.models import Model, init_params
+from tx_jax.training.step import TrainState, init_state
+
+
+class Start(NamedTuple):
+    """What is there before the first step."""
+
+    cfg: RunConfig  # with the model that is trained
+    tokenizer: AnyTokenizer
+    params: dict | None  # None: fresh ones, or those of the run's own checkpoint
+
+
+def open_start(cfg: RunConfig, text: str) -> Start:
+    """The start of a run on a text. One that goes on needs nothing but its run directory.
+
+    Raises:
+        InputError: the tokenizer cannot be made, cfg.init is not there, or the two do not fit together.
+    """
+    if cfg.init is None:
+        tokenizer = train_tokenizer(cfg.data.tokenizer, text, cfg.data.vocab_size)
+        return Start(dataclasses.replace(cfg, model=fill_vocabulary(cfg.model, tokenizer)), tokenizer, None)
+    if latest_step(cfg.run_dir) is not None:
+        model, tokenizer, params = read_config(cfg.run_dir).model, read_tokenizer(Path(cfg.run_dir) / "tokenizer"), None
+    else:
+        model, params, tokenizer, *_ = open_source(cfg.init)
+    if tokenizer is None:
+        raise InputError(f"init={cfg.init!r} holds no tokenizer, without which its weights say nothing; put one there")
+    ids, known, long = tokenizer.vocab_size, model.vocab_size or 0, cfg.data.seq_len
+    require(ids <= known, f"init={cfg.init!r} has a tokenizer of {ids} ids for {known} vectors; they are of two models")
+    require(long <= model.max_len, f"data.seq_len={long} exceeds the {model.max_len} tokens of {cfg.init}; shorten it")
+    own = {name: getattr(cfg.model, name) for name in OF_THE_RUN}
+    return Start(dataclasses.replace(cfg, model=dataclasses.replace(model, **own)), tokenizer, params)
+
+
+def fill_vocabulary(cfg: ModelConfig, tokenizer: AnyTokenizer) -> ModelConfig:
+    """The config with the tokenizer's vocabulary, if it has none of its own.
+
+    Raises:
+        InputError: its own is another: there would be ids without text, or text without ids.
+    """
+    V, needed = cfg.vocab_size or tokenizer.vocab_size, tokenizer.vocab_size
+    require(needed == V, f"model.vocab_size={V} is not the tokenizer's {needed}; leave it out")
+    return dataclasses.replace(cfg, vocab_size=V)
+
+
+def first_state(
+    cfg: LoraConfig,
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    key: PRNGKeyArray,
+    params: dict | None = None,
+) -> TrainState:
+    """The state before the first step, with these parameters or fresh ones; with adapters, they are its `frozen`."""
+    if not cfg.rank:
+        return init_state(model, optimizer, key, params)
+    lora_key, key = jax.random.split(key)
+    base = init_params(model, key) if params is None else params
+    return init_state(model, optimizer, key, init_lora(base, lora_key, cfg.rank, cfg.targets))._replace(frozen=base)
+
+
+def make_assemble(cfg: LoraConfig) -> Callable[[Any, Any], dict]:
+    """(state.params, state.frozen) → the parameters that the model runs on."""
+    return (lambda lora, base: merge_lora(base, lora, cfg.alpha)) if cfg.rank else (lambda params, frozen: params)
