@@ -115,7 +115,7 @@ def unpack(tensors: Tensors, names: dict[str, str], expected: dict[str, Entry], 
         InputError: a tensor is not of floating-point numbers.
     """
     tree: dict = {}
-    for name in names:
+    for name in (name for name, ours in names.items() if ours in expected):  # position_ids and their kin are integers
         kind = tensors.dtypes[name]
         require("float" in kind, f"{name} in {where} is {kind}; weights are float32, float16, bfloat16 or float64")
     for name, tensor in tensors.read():
