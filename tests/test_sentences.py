@@ -17,8 +17,8 @@ from tx_jax.errors import InputError
 pytest.importorskip("tokenizers")
 CFG = tx.ModelConfig(stack="encoder", vocab_size=20, max_len=24, d_model=12, n_heads=3, n_layers=1, positions="learned")
 WORDS = [
-    "the", "cats", "sat", "on", "a mat,", "naïve", "façade", "12,345", "中文字", "🙂", "don't", "!?", "e\u0301", "EMBEDDING",
-    "tokenisation", "\0", "\n",
+    "the", "cats", "sat", "on", "a mat,", "naïve", "façade", "12,345", "中文字", "🙂", "don't", "!?", "e\u0301",
+    "EMBEDDING", "tokenisation", "\0", "\n",
 ]  # fmt: skip
 
 # The module once more, as a user has it: under pytest jaxtyping would refuse wrong types before our own rules do.
