@@ -22,7 +22,7 @@ RANKS = {  # of every module of the package
     "modules.attention": 3, "modules.embed": 3,
     "modules.block": 4,
     "models": 5,
-    "decoding.generate": 6, "training.step": 6, "inspect": 6, "decoding.session": 7, "training.report": 7,
+    "decoding.generate": 6, "training.step": 6, "inspect": 6, "decoding.session": 7, "training.report": 7, "sentences": 7,
     "convert.layouts": 0, "convert.gguf": 1, "convert.fields": 1, "convert.mapping": 6, "convert.family": 7,
     "convert.decoders": 8, "convert.encoders": 8, "convert.gguf_models": 8, "convert.pretrained": 9,
     "convert.sources": 10, "convert.__main__": 11, "training.start": 11, "training.loop": 12,

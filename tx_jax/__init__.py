@@ -12,7 +12,9 @@ from tx_jax.config import (
     RunConfig,
     TrainConfig,
 )
+from tx_jax.convert.pretrained import Pretrained, load_pretrained, save_pretrained
 from tx_jax.data.batches import Batch
+from tx_jax.data.vocabulary_files import read_tokenizer
 from tx_jax.decoding.generate import Generation, Prompt, decode, generate, pad_prompts, prefill, prepare, stream
 from tx_jax.decoding.samplers import Sampler, sample
 from tx_jax.errors import InputError
@@ -21,6 +23,7 @@ from tx_jax.models import DecoderLM, Encoder, EncoderDecoder, build, count_param
 from tx_jax.ops.attention import attention
 from tx_jax.ops.masks import Mask
 from tx_jax.parallel import jit_step, make_mesh, pmap_step
+from tx_jax.sentences import encode_text
 from tx_jax.training.losses import cross_entropy
 from tx_jax.training.optim import make_optimizer, make_schedule
 from tx_jax.training.step import Metrics, TrainState, init_state, make_eval_step, make_train_step
@@ -41,6 +44,7 @@ __all__ = [
     "Metrics",
     "ModelConfig",
     "OptimConfig",
+    "Pretrained",
     "Prompt",
     "RotaryConfig",
     "RunConfig",
@@ -52,12 +56,14 @@ __all__ = [
     "count_params",
     "cross_entropy",
     "decode",
+    "encode_text",
     "generate",
     "init_cache",
     "init_lora",
     "init_params",
     "init_state",
     "jit_step",
+    "load_pretrained",
     "make_eval_step",
     "make_mesh",
     "make_optimizer",
@@ -69,6 +75,8 @@ __all__ = [
     "prefill",
     "prepare",
     "presets",
+    "read_tokenizer",
     "sample",
+    "save_pretrained",
     "stream",
 ]

@@ -72,12 +72,29 @@ ENCODERS = {
     "roberta-mlm": ("RobertaForMaskedLM", SIZES | {"type_vocab_size": 1, "pad_token_id": 1}),
 }
 ALL = DECODERS | TRANSLATORS | ENCODERS
+WIDE = GROUPED | {"hidden_size": 32, "intermediate_size": 64}  # multiples of 32, the block of Q8_0
+GEMMA = WIDE | {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 5}  # a scale that no key says
+LLAMA31 = LLAMA3 | {"rope_theta": 5e5, "original_max_position_embeddings": 8192}
+GGUF = {  # models that llama.cpp's format can hold
+    "gguf llama": ("LlamaForCausalLM", WIDE | {"num_key_value_heads": 4, "tie_word_embeddings": True}),
+    "gguf llama2": ("LlamaForCausalLM", WIDE | {"head_dim": 16}),
+    "gguf llama3.1": ("LlamaForCausalLM", WIDE | {"head_dim": 16, "rope_parameters": LLAMA31}),
+    "gguf llama3.2": ("LlamaForCausalLM", WIDE | {"head_dim": 16, "rope_parameters": LLAMA31 | {"factor": 32.0}}),
+    "gguf llama-linear": ("LlamaForCausalLM", WIDE | {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e3,
+    "factor": 2.0}}),
+    "gguf llama-yarn": ("LlamaForCausalLM", WIDE | {"rope_parameters": YARN}),
+    "gguf qwen2": ("Qwen2ForCausalLM", WIDE | {"tie_word_embeddings": True}),
+    "gguf qwen3": ("Qwen3ForCausalLM", WIDE | {"head_dim": 16}),
+    "gguf gemma": ("GemmaForCausalLM", GEMMA),
+    "gguf gemma2": ("Gemma2ForCausalLM", GEMMA | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
+    "gguf gemma3": ("Gemma3ForCausalLM", GEMMA | {"num_hidden_layers": 7, "rope_parameters": GEMMA3_ROPE}),
+}  # fmt: skip
 
 
 @functools.cache
 def make(name: str):
     """A model of the family, each of its parameters random."""
-    architecture, options = ALL[name]
+    architecture, options = (ALL | GGUF)[name]
     torch.manual_seed(len(name))
     kind = getattr(hf, architecture)
     model = kind(kind.config_class(**options)).eval()

@@ -23,11 +23,14 @@ def _reads(keys: dict[str, Any], read: Any) -> Field:
 
 
 def _rope(window_base: float | None = None) -> Field:
+    """Rotary positions; window_base: θ of layers that see a window, where the file has none."""
     keys = {
         "rope.freq_base": 10_000.0, "rope.dimension_count": None, "rope.scaling.type": None, "rope.scaling.factor": 1.0,
         "rope.scaling.original_context_length": None, "rope.scaling.finetuned": None, "context_length": None,
         "attention.key_length": None, "embedding_length": None, "attention.head_count": None,
     }  # fmt: skip
+    local_key = "rope.freq_base_swa"
+    keys |= {} if window_base is None else {local_key: window_base}
 
     def read(v: Values) -> dict[str, Any]:
         kind = SCALINGS[one_of("rope.scaling.type", v["rope.scaling.type"], *SCALINGS)]
@@ -39,15 +42,16 @@ def _rope(window_base: float | None = None) -> Field:
         if kind != "none":
             rotary |= {"scaling": kind, "factor": number("rope.scaling.factor", v["rope.scaling.factor"], float)}
             rotary |= {"original_len": number("context_length", long)}
-        return {"rotary": RotaryConfig(**rotary, window_base=window_base), "d_head": H}
+        rotary |= {} if window_base is None else {"window_base": number(local_key, v[local_key], float)}
+        return {"rotary": RotaryConfig(**rotary), "d_head": H}
 
     return _reads(keys, read)
 
 
-def _window(pattern: str) -> Field:
+def _window(pattern: str, default: int | None = None) -> Field:
     """No key says which layers see the window."""
     key = "attention.sliding_window"
-    return _reads({key: None}, lambda v: {"window": v[key] or None, "window_pattern": pattern})
+    return _reads({key: default}, lambda v: {"window": v[key] or None, "window_pattern": pattern})
 
 
 def _gemma_scale(large: int) -> Field:
@@ -63,6 +67,10 @@ def _gemma_scale(large: int) -> Field:
         return {"attention_scale": (width / heads) ** -0.5}
 
     return _reads({"block_count": None, "embedding_length": None, "attention.head_count": None}, read)
+
+
+def _head_cap(default: float | None) -> Field:
+    return copy("final_logit_softcapping", "head_soft_cap", default)
 
 
 def _heads() -> Field:
@@ -87,9 +95,7 @@ SIZES = (
     copy("feed_forward_length", "d_mlp", None), copy("attention.layer_norm_rms_epsilon", "norm_eps", 1e-6),
     only("expert_count", None, 0), only("expert_used_count", None, 0), only("attention.causal", None, True),
 )  # fmt: skip
-CAPS = (
-    copy("attn_logit_softcapping", "attention_soft_cap", None), copy("final_logit_softcapping", "head_soft_cap", None),
-)  # fmt: skip
+ATTENTION_CAP = copy("attn_logit_softcapping", "attention_soft_cap", 50.0)
 BASE = {"positions": "rotary", "norm": "rmsnorm", "norm_order": "pre", "mlp": "swiglu", "tie_head": False}
 GEMMA = BASE | {"mlp": "geglu_tanh", "scale_embeddings": True}  # llama.cpp stores norms as 1 + what Gemma's files hold
 TIED = {"output.weight": {"tie_head": True}}
@@ -138,11 +144,11 @@ GGUF_FAMILIES = {
         _family("gemma", "GemmaForCausalLM", GEMMA, _rope()),
         _family(
             "gemma2", "Gemma2ForCausalLM", GEMMA | {"norm_order": "sandwich"},
-            _rope(), _window("wf"), *CAPS, _gemma_scale(46),
+            _rope(), _window("wf", 4096), ATTENTION_CAP, _head_cap(30.0), _gemma_scale(46),
         ),
         _family(
             "gemma3", "Gemma3ForCausalLM", GEMMA | {"norm_order": "sandwich", "qk_norm": True},
-            _rope(10_000.0), _window("wwwwwf"), *CAPS, _gemma_scale(62),
+            _rope(10_000.0), _window("wwwwwf"), _head_cap(None), _gemma_scale(62),
         ),
     )
 }  # fmt: skip

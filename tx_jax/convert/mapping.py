@@ -126,13 +126,11 @@ def unpack(tensors: Tensors, names: dict[str, str], expected: dict[str, Entry], 
         InputError: a tensor is not of floating-point numbers.
     """
     tree: dict = {}
-    for name in (name for name, listed in names.items() if listed in expected):
+    for name in (name for name, ours in names.items() if ours in expected):  # position_ids and their kin are integers
         kind = tensors.dtypes[name]
         require("float" in kind, f"{name} in {where} is {kind}; weights are float32, float16, bfloat16 or float64")
-    for name, tensor in tensors.read():
-        entry = expected.get(names.get(name, ""))
-        if entry is None:
-            continue
+    for name, tensor in tensors.read({name for name, ours in names.items() if ours in expected}):
+        entry = expected[names[name]]
         for path, leaf in zip(entry.paths, entry.layout.unpack(tensor, entry.shapes, H), strict=True):
             *parents, last = path.split("/")
             node = tree
