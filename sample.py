@@ -33,8 +33,8 @@ from tx_jax.errors import InputError, require
 class Args:
     """Write text with a model."""
 
-    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     # a run directory of train.py, a Hugging Face directory, a GGUF file, smollm2, or hf://ORG/NAME
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     prompt: str | None = None  # text; @FILE reads a file, - reads standard input; None: the run's sample_prompt
     chat: bool | None = None  # the prompt is a message, to be answered; None: if the model has a chat template
     system: str | None = None  # what a chat begins with
@@ -57,7 +57,7 @@ class Args:
         require(heat >= 0, f"temperature={heat} must not be negative; 0 is greedy")
         require(0 <= self.seed < 2**32, f"seed={self.seed} must be from 0 to 2³² − 1")
         require(
-            not (self.interactive and self.prompt), "--interactive reads its messages from the keyboard, not --prompt"
+            not (self.interactive and self.prompt), "--interactive reads what you type, not --prompt; leave one out"
         )
 
 
@@ -93,7 +93,11 @@ def main(argv: list[str]) -> None:
     key = jax.random.key(args.seed)
     ends = tuple(ends) if isinstance(ends, list | tuple) else (ends,)
     writer = Writer(model, source.params, tokenizer, ends, args.max_new_tokens, sampler, key)
-    chats = getattr(tokenizer, "chat_template", None) is not None if args.chat is None else args.chat
+    template = getattr(tokenizer, "chat_template", None)
+    chats = args.interactive or (template is not None if args.chat is None else args.chat)
+    flag = "--interactive" if args.interactive else "--chat"
+    require(template or not chats, f"a chat needs a chat template, and this model has none; leave out {flag}")
+    require(chats or args.system is None, "--system is for a chat, and this is none; leave it out")
     if args.interactive:
         converse(writer, args.system)
         return
@@ -103,7 +107,6 @@ def main(argv: list[str]) -> None:
     if chats:
         ids, echo = encode_chat(tokenizer, messages(args.system, prompt)), ""
     else:
-        require(args.system is None, "--system is for a chat, and this model has no chat template; leave it out")
         ids, echo = encode(tokenizer, prompt), prompt
     if args.stream or (chats and args.num_samples == 1):
         show(writer, echo, tokens_of(writer, ids))
@@ -200,9 +203,6 @@ def show(writer: Writer, echo: str, tokens: Iterable[int]) -> str:
 
 def converse(writer: Writer, system: str | None) -> None:
     """Answer each line of standard input, with the cache of all that was said before."""
-    require(
-        getattr(writer.tokenizer, "chat_template", None), "--interactive needs a chat template; this model has none"
-    )
     said: list[str] = []
     held = session.start(writer.model)
     while line := ask():

@@ -75,13 +75,19 @@ SAMPLE = {
     "{run} --max-new-tokens 64": "a prompt of 1 tokens and max_new_tokens=64 exceed max_len=64; ask for at most 63",
     "{run} --seed -1": "seed=-1 must be from 0 to 2³² − 1",
     "{run} --step 7": "step=7 is not in run_dir='{run}'; it has 20, 40",
-    "{new}": "run_dir='{new}' holds no config.json; name the --run-dir of a training run",
-    "{bad}/other": "run_dir='{bad}/other' holds no config.json; name the --run-dir of a training run",
-    "{bad}/corrupt": "config.json cannot be read: not JSON (Expecting",
+    "{new}": "model '{new}' does not exist; give a name (smollm2, minilm), a directory in Hugging Face's",
+    "{bad}/other": "cannot read {bad}/other/config.json (No such file or directory); give a directory in",
+    "{bad}/corrupt": "config.json is not JSON (Expecting",
+    "{bad}/model.bin": "{bad}/model.bin is a pickle, which can run any code when it is loaded; give safetensors",
+    "{bad}/upper.txt": "{bad}/upper.txt is no model; give a name (smollm2, minilm), a directory",
+    "{run} --chat": "a chat needs a chat template, and this model has none; leave out --chat",
+    "{run} --interactive": "a chat needs a chat template, and this model has none; leave out --interactive",
+    "{run} --interactive --prompt a": "--interactive reads what you type, not --prompt; leave one out",
+    "{run} --system be --prompt a": "--system is for a chat, and this is none; leave it out",
     "{bad}/untrained": "run_dir='{bad}/untrained' holds no checkpoint; train with --run-dir {bad}/untrained first",
     "{run} --temprature 1": "Unrecognized options: --temprature, 1; did you mean --temperature?",
     "{run} --top-k 1.5": "could be instantiated from ['1.5']; see sample.py --help",
-    "": "Missing from sample.py: RUN_DIR what train.py wrote (required); see sample.py --help",
+    "": "Missing from sample.py: MODEL a run directory of train.py, a Hugging Face directory, a GGUF file, smollm2, or",
 }  # fmt: skip
 
 
@@ -95,6 +101,7 @@ def bad(run, text, tmp_path_factory):
     (folder / "corrupt" / "config.json").write_text((run / "config.json").read_text()[:-3] + ",")
     shutil.copy(run / "config.json", folder / "untrained")
     (folder / "empty.txt").touch()
+    (folder / "model.bin").touch()
     (folder / "short.txt").write_text("the cat sat on a mat.\n")
     (folder / "upper.txt").write_text(text.read_text().upper())
     for name in ("latin1.txt", "latin1.json"):

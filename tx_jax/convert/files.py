@@ -74,7 +74,7 @@ def open_safetensors(path: str | os.PathLike[str]) -> Tensors:
     """
     root = Path(os.path.expanduser(path))
     entries: dict[str, Entry] = {}
-    for file, names in (_shards(root) if os.path.isdir(root) else {_no_pickle(root): None}).items():
+    for file, names in (_shards(root) if os.path.isdir(root) else {check_no_pickle(root): None}).items():
         found = _entries(file)
         for name in found.keys() ^ (found.keys() if names is None else names):
             rule = "holds {}, which {} does not put there" if name in found else "lacks {}, which {} puts there"
@@ -157,7 +157,7 @@ def brief(value: Any, length: int = 80) -> str:
     return text if len(text) <= length else f"{text[:length]}…"
 
 
-def _no_pickle(path: Path) -> Path:
+def check_no_pickle(path: Path) -> Path:
     rule = "is a pickle, which can run any code when it is loaded"
     remedy = "give safetensors, which transformers' save_pretrained writes"
     require(path.suffix not in PICKLES, f"{path} {rule}; {remedy}")
@@ -171,7 +171,7 @@ def _shards(root: Path) -> dict[Path, set[str] | None]:
     if not os.path.isfile(root / INDEX):
         found = sorted(file.name for file in root.glob("*") if file.suffix in (".safetensors", *PICKLES))
         safe = [name for name in found if name.endswith(".safetensors")]
-        _no_pickle(root / (found[0] if found and not safe else WEIGHTS))
+        check_no_pickle(root / (found[0] if found and not safe else WEIGHTS))
         remedy = f"give {root / safe[0]}" if safe else "give a directory of weights"
         raise InputError(f"{root} holds neither {WEIGHTS} nor {INDEX}; {remedy}")
     index = _inside(root, INDEX)

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from tx_jax.checkpoint import read_config, restore_base, restore_params
 from tx_jax.config import ModelConfig
+from tx_jax.convert.files import INDEX, WEIGHTS, check_no_pickle
 from tx_jax.convert.gguf import is_gguf, open_gguf
 from tx_jax.convert.named import NAMED, fetch_model
 from tx_jax.convert.pretrained import DTYPES, load_pretrained, read_json
@@ -89,8 +90,10 @@ def find_source(name: str) -> Path:
         return fetch_model(name)
     if hub := HUB.fullmatch(name):
         return _fetch_from_hub(hub["repo_id"], hub["revision"])
-    path = Path(name).expanduser()
+    path = check_no_pickle(Path(name).expanduser())
     require(name and path.exists(), f"model {name!r} does not exist; give {POSSIBLE}")
+    path = path.parent if path.name in (WEIGHTS, INDEX) else path
+    require(path.is_dir() or is_gguf(path), f"{path} is no model; give {POSSIBLE}")
     return path
 
 
