@@ -36,7 +36,7 @@ class Args:
     # a run directory of train.py, a Hugging Face directory, a GGUF file, smollm2, or hf://ORG/NAME
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     prompt: str | None = None  # text; @FILE reads a file, - reads standard input; None: the run's sample_prompt
-    chat: bool | None = None  # the prompt is a message, to be answered; None: if the model has a chat template
+    raw: bool = False  # go on from the prompt as it is; otherwise a model with a chat template answers it
     system: str | None = None  # what a chat begins with
     interactive: bool = False  # a conversation: a message a line
     max_new_tokens: int | None = None  # None: 500, or what the context leaves
@@ -94,10 +94,9 @@ def main(argv: list[str]) -> None:
     ends = tuple(ends) if isinstance(ends, list | tuple) else (ends,)
     writer = Writer(model, source.params, tokenizer, ends, args.max_new_tokens, sampler, key)
     template = getattr(tokenizer, "chat_template", None)
-    chats = args.interactive or (template is not None if args.chat is None else args.chat)
-    flag = "--interactive" if args.interactive else "--chat"
-    require(template or not chats, f"a chat needs a chat template, and this model has none; leave out {flag}")
-    require(chats or args.system is None, "--system is for a chat, and this is none; leave it out")
+    chats = template is not None and not args.raw
+    for flag in ("interactive", "system"):
+        require(chats or not getattr(args, flag), f"--{flag} is for a model with a chat template, without --raw")
     if args.interactive:
         converse(writer, args.system)
         return

@@ -154,10 +154,10 @@ def generate(
     """
     prompt, n_slots = prepare(model, tokens, positions, max_new_tokens, sampler, key, memory)
     V = cast(int, model.cfg.vocab_size)
-    ends = (eos_id,) if isinstance(eos_id, int) else eos_id if isinstance(eos_id, tuple) else ()
-    for end in ends:
-        require(0 <= end < V, f"eos_id={end} must be from 0 to {V - 1}")
-    return _generate(model, params, prompt, max_new_tokens, n_slots, sampler, key, eos_id, memory)
+    for end in eos_id if isinstance(eos_id, tuple) else (eos_id,):
+        require(not isinstance(end, int) or 0 <= end < V, f"eos_id={end} must be from 0 to {V - 1}")
+    ends = (jnp.asarray(eos_id, jnp.int32) if eos_id else None) if isinstance(eos_id, tuple) else eos_id
+    return _generate(model, params, prompt, max_new_tokens, n_slots, sampler, key, ends, memory)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3, 4))

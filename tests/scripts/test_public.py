@@ -1,0 +1,113 @@
+"""A public model, tiny and random, in the scripts: sample.py converses with it, convert takes it both ways."""
+
+import io
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import tx_jax as tx
+from tx_jax.convert.__main__ import main as convert
+from tx_jax.convert.files import open_safetensors
+from tx_jax.convert.pretrained import load_pretrained, save_pretrained
+from tx_jax.data.subwords import SubwordTokenizer
+from tx_jax.data.vocabulary_files import read_tokenizer
+
+TEMPLATE = (
+    "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<s>{% endif %}"
+)
+TEXT = "the cat sat on a mat and slept. " * 9
+
+
+@pytest.fixture(scope="module")
+def public(tmp_path_factory):
+    """A directory in Hugging Face's layout, of a model with large logits, that chats."""
+    directory = tmp_path_factory.mktemp("public") / "tiny"
+    tokenizer = SubwordTokenizer.train(TEXT, 300)
+    vocabulary = json.loads(tokenizer.json)
+    special = {"id": tokenizer.vocab_size, "content": "<s>", "special": True}
+    vocabulary["added_tokens"] = [special | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)]
+    tokenizer = SubwordTokenizer(json.dumps(vocabulary), special["id"], (special["id"],), TEMPLATE)
+    cfg = tx.ModelConfig(
+        vocab_size=tokenizer.vocab_size, max_len=400, d_model=24, n_layers=2, n_heads=4, mlp="swiglu", norm="rmsnorm"
+    )
+    params = tx.init_params(tx.build(cfg), jax.random.key(0))
+    params = jax.tree.map(lambda leaf: leaf * 20 if leaf.ndim > 1 else leaf, params)
+    ids = {"bos_token_id": special["id"], "eos_token_id": special["id"]}
+    save_pretrained(directory, cfg, params, special_ids=ids)
+    tokenizer.save(directory)
+    return directory
+
+
+@pytest.fixture
+def write(sample, capsys):
+    def written(*args):
+        capsys.readouterr()
+        sample([str(arg) for arg in args])
+        return capsys.readouterr().out
+
+    return written
+
+
+def test_a_model_that_chats_answers(public, write):
+    flags = ["--temperature", 0, "--max-new-tokens", 20]
+    answer = write(public, "--prompt", "the cat", *flags)
+    assert "the cat" not in answer
+    assert write(public, "--prompt", "<s>user: the cat\n<s>", "--raw", *flags) != answer
+    assert write(public, "--prompt", "the cat", "--system", "be brief", *flags) != answer
+    assert write(public, "--prompt", "the", "--raw", *flags, "--num-samples", 2).count("--- sample") == 2
+
+
+def test_a_conversation_is_its_turns_read_at_once(public, write, monkeypatch):
+    flags = ["--temperature", 0, "--max-new-tokens", 20]
+    monkeypatch.setattr("sys.stdin", io.StringIO("the cat\n\nsat on\n"))
+    spoken = write(public, "--interactive", *flags)
+    first = write(public, "--prompt", "the cat", *flags)
+    assert spoken.startswith(first)
+    model, tokenizer = load_pretrained(public), read_tokenizer(public)
+    # The same second turn, by one pass over the whole conversation, whose first answer is said again as text.
+    text = f"<s>user: the cat\n<s>assistant: {first[:-1]}\n<s>user: sat on\n<s>"
+    ids = tokenizer.encode(text, special=True)
+    out = tx.generate(tx.build(model.cfg), model.params, ids[None], max_new_tokens=20, eos_id=tokenizer.eos_ids)
+    assert spoken.removeprefix(first) == tokenizer.decode(np.asarray(out.tokens[0, : out.lengths[0]])) + "\n"
+
+
+def test_the_round_trip_over_a_run_directory_is_exact(public, tmp_path, write, capsys):
+    convert([str(public), str(tmp_path / "run")])
+    convert([str(tmp_path / "run"), str(tmp_path / "back")])
+    assert capsys.readouterr().out.count("parameters, written as") == 2
+    files = [dict(open_safetensors(path).read()) for path in (public, tmp_path / "back")]
+    jax.tree.map(np.testing.assert_array_equal, *files)
+    assert read_tokenizer(tmp_path / "back") == read_tokenizer(public)
+    flags = ["--prompt", "the cat", "--temperature", 0, "--max-new-tokens", 9]
+    assert write(tmp_path / "run", *flags) == write(public, *flags) == write(tmp_path / "back", *flags)
+
+
+def test_a_run_of_train_py_is_exported_with_its_tokenizer(run, tmp_path, capsys):
+    convert([str(run), str(tmp_path / "out"), "--dtype", "bfloat16"])
+    tokenizer = read_tokenizer(tmp_path / "out")
+    assert tokenizer.decode(tokenizer.encode("the cat")) == "the cat"
+    found = load_pretrained(tmp_path / "out", dtype=None)
+    assert found.architecture == "Starcoder2ForCausalLM"  # layer norms, a window, no gate; biases of zero
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(found.params)} == {"bfloat16"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("{public} {public}", "dst='{public}' is there already; name a new directory"),
+        ("{public} {new} --dtype bfloat16", "dtype='bfloat16': a run directory holds float32; leave it out, or"),
+        ("{public} {new} --to hugging_face --architecture Nope", "architecture='Nope' is not one of GPT2LMHeadModel"),
+        ("{new} {new}", "model '{new}' does not exist; give a name"),
+    ],
+)
+def test_convert_refuses(public, tmp_path, capsys, flags, says):
+    names = {"public": public, "new": tmp_path / "new"}
+    with pytest.raises(SystemExit) as end:
+        convert(flags.format(**names).split())
+    out, err = capsys.readouterr()
+    assert (end.value.code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert says.format(**names) in err
+    assert not (tmp_path / "new").exists()
