@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+REFERENCE ?= yes# torch and transformers, the oracle of public weights; empty: without them, their tests are skipped
 
 .PHONY: demo test check stacks figures clean
 
@@ -15,7 +16,7 @@ demo: $(VENV)/.demo
 	@echo '  python train.py gpt-shakespeare --data.path YOUR_TEXT.txt --run-dir runs/mine'
 	@echo '  python train.py gpt-shakespeare --help'
 
-test: $(VENV)/.test
+test: $(VENV)/.test $(if $(REFERENCE),$(VENV)/.reference)
 	$(BIN)/python -m pytest -n $(or $(WORKERS),$(shell nproc 2>/dev/null || echo 2))
 
 check: $(VENV)/.test $(VENV)/.check
@@ -27,7 +28,7 @@ check: $(VENV)/.test $(VENV)/.check
 figures: $(VENV)/.demo
 	$(BIN)/python -m tx_jax.inspect figures
 
-$(VENV)/.demo $(VENV)/.test $(VENV)/.check: pyproject.toml
+$(VENV)/.demo $(VENV)/.test $(VENV)/.check $(VENV)/.reference: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo 'error: $(PYTHON) is older than Python 3.11; run make PYTHON=/path/to/a/newer/python'; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
