@@ -15,7 +15,7 @@ from tx_jax.modules.linear import Linear
 from tx_jax.parallel import AXIS
 from tx_jax.training.start import first_state, make_assemble
 
-CFG = ModelConfig(vocab_size=13, d_model=16, n_heads=4, n_kv_heads=2, n_layers=2, mlp="swiglu", biases="qkv")
+CFG = ModelConfig(vocab_size=13, d_model=16, n_heads=4, n_kv_heads=2, n_layers=1, mlp="swiglu", biases="qkv")
 LORA = LoraConfig(rank=2, alpha=6.0)
 KEY = jax.random.key(0)
 ADAMW = OptimConfig(schedule="constant", warmup_steps=0, peak_lr=0.03, eps=1e-2)  # as in training/test_step.py
@@ -51,19 +51,19 @@ def in_numpy(params, lora, alpha):
 
 def test_what_is_adapted(params):
     lora = tx.init_lora(params, KEY, rank=2)
-    paths = [f"stack/blocks_{i}/attention/{name}/kernel/{part}" for i in "01" for name in "qv" for part in "ab"]
+    paths = [f"stack/blocks_0/attention/{name}/kernel/{part}" for name in "qv" for part in "ab"]
     assert sorted(flat(lora)) == sorted(paths)
     assert {name[-3:]: leaf.shape for name, leaf in flat(lora).items() if "/v/" in name} == {
         "l/a": (2, 16),
         "l/b": (8, 2),
     }
     others = tx.init_lora(params, KEY, 3, r"(mlp/.*|out)/kernel$|embed")
-    assert len(jax.tree.leaves(others)) == 2 * (2 * 4 + 1)
+    assert len(jax.tree.leaves(others)) == 2 * (4 + 1)
     shapes = jax.eval_shape(lambda: params)
     jax.tree.map(np.testing.assert_array_equal, tx.init_lora(shapes, KEY, 2), lora)
     a = np.concatenate([leaf.ravel() for name, leaf in flat(lora).items() if name.endswith("/a")])
     assert abs(a).max() <= 0.25  # 1 / √16
-    assert len(np.unique(a)) > 120  # a key each
+    assert len(np.unique(a)) > 60  # a key each
 
 
 @pytest.mark.parametrize("targets", [LORA.targets, r"(kernel|table)$"])
@@ -94,10 +94,15 @@ def test_bfloat16_is_added_to_in_float32():
     assert (merged == jnp.bfloat16(1.0117)).all()
 
 
-def make(lora=LORA, model=CFG, **more):
+def make(lora=LORA, model=CFG, start=jit, **more):
     model, optimizer = tx.build(model), tx.make_optimizer(ADAMW, n_steps=100)
-    state = jit(first_state, static_argnums=(0, 1, 2))(lora, model, optimizer, KEY)
+    state = start(first_state, static_argnums=(0, 1, 2))(lora, model, optimizer, KEY)
     return tx.make_train_step(model, optimizer, assemble=make_assemble(lora), **more), state
+
+
+def shapes(init, static_argnums):
+    """In place of `jit`: nothing is made."""
+    return lambda lora, model, optimizer, key: jax.eval_shape(lambda key: init(lora, model, optimizer, key), key)
 
 
 LAUNCHERS = {
@@ -131,7 +136,7 @@ def test_adapters_alone_are_trained(one_device):
     for name, leaf in flat(state.frozen).items():
         np.testing.assert_array_equal(leaf, before[name])
     n_trained = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    assert n_trained == 2 * (2 * (16 + 16) + 2 * (16 + 8))
+    assert n_trained == 2 * (16 + 16) + 2 * (16 + 8)
     moments = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim)
     assert moments == 2 * n_trained
     assert all(leaf.any() for leaf in flat(state.params).values())
@@ -147,16 +152,11 @@ def test_any_number_of_devices_gives_the_same_update(name, one_device):
 
 def test_no_memory_for_gradients_of_the_base():
     """Nor is the base a constant of the program, or copied from the old state to the new."""
-    wide = ModelConfig(vocab_size=13, d_model=64, n_heads=4, n_layers=2, d_mlp=4096, mlp="swiglu")
+    wide = ModelConfig(vocab_size=13, d_model=64, n_heads=4, n_layers=1, d_mlp=4096, mlp="swiglu")
     one_row, used = jax.tree.map(lambda leaf: leaf[:1], BATCH), {}
     for rank in (0, 2):
-        step, state = make(LoraConfig(rank=rank), wide)
-        used[rank] = (
-            jax.jit(step, donate_argnums=0)
-            .lower(state, jax.tree.map(lambda x: x[:1], BATCH))
-            .compile()
-            .memory_analysis()
-        )
+        step, state = make(LoraConfig(rank=rank), wide, start=shapes)
+        used[rank] = jit(step, donate_argnums=0).lower(state, one_row).compile().memory_analysis()
     base = 4 * tx.count_params(wide)
     assert used[0].temp_size_in_bytes > base
     assert used[2].temp_size_in_bytes < base / 4

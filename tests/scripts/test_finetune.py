@@ -125,7 +125,7 @@ REFUSED = {  # flags after those of the run: what the message says
     "--run-dir {new} --lora.rank 2 --lora.targets c_attn": "targets='c_attn' matches no parameter; there are stack/",
     "--run-dir {new} --init nothing": "model 'nothing' does not exist; give a name (smollm2, minilm), a directory in",
     "--run-dir {new} --init {mute}": "init='{mute}' holds no tokenizer, without which its weights say nothing",
-    "--run-dir {new} --init {short}": "init='{short}' has a tokenizer of 265 ids for 50 vectors; they are of two models",
+    "--run-dir {new} --init {short}": "init='{short}' has a tokenizer of 265 ids for 50 vectors; they are of two",
 }  # fmt: skip
 
 
@@ -144,11 +144,11 @@ def test_refused(train, tuned, public, command, tmp_path, capsys, flags):
 
 
 def test_sources_that_are_not_there(public, tuned, monkeypatch, tmp_path):
-    with pytest.raises(tx.InputError, match="is of a run directory of train.py, and .*/public is none"):
+    with pytest.raises(tx.InputError, match=r"is of a run directory of train.py, and .*/public is none"):
         open_source(str(public), step=3)
-    with pytest.raises(tx.InputError, match="dtype='int8' is not one of float32, bfloat16, float16, or None"):
+    with pytest.raises(tx.InputError, match="dtype='int8' is not one of float32"):
         open_source(str(public), dtype="int8")
-    with pytest.raises(tx.InputError, match="holds no tokenizer; give another model, or put its tokenizer.json there"):
+    with pytest.raises(tx.InputError, match="holds no tokenizer; give another model"):
         open_tokenizer(str(tmp_path))
     hub, asked = pytest.importorskip("huggingface_hub"), []
 
