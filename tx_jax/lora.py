@@ -94,4 +94,4 @@ def _add(kernel: Array, adapter: Adapter, alpha: float) -> Array:
     shape = (b.shape[0], a.shape[1])
     require(kernel.shape == shape, f"an adapter of {list(shape)} does not fit {list(kernel.shape)}; use its own model")
     product = jnp.einsum("OR,RI->OI", b, a, precision="highest")  # an exported model is what was trained
-    return (kernel + alpha / a.shape[0] * product).astype(kernel.dtype)
+    return (kernel.astype(jnp.float32) + alpha / a.shape[0] * product).astype(kernel.dtype)

@@ -76,8 +76,8 @@ def _fit(cfg: RunConfig, stop: threading.Event) -> TrainState:
     step = checkpoint.latest_step(run_dir) or 0
     if step:
         frozen = checkpoint.restore_base(run_dir, state.frozen)
-        state, position = checkpoint.restore(run_dir, state._replace(frozen=()))
-        state = state._replace(frozen=frozen)
+        moving, position = checkpoint.restore(run_dir, state.moving)
+        state = TrainState(*moving, frozen)
         check_text(run_dir, position["text_sha256"], text_sha256)
         batches.set_state(position["batches"])
     else:
@@ -104,8 +104,8 @@ def _fit(cfg: RunConfig, stop: threading.Event) -> TrainState:
                     report.sample(step, tokenizer.decode(ids[ids < tokenizer.vocab_size]))  # a table may be padded
             if due(step, train.save_every) or last:
                 with report.pause(metrics):
-                    moves = launch.host_state(state._replace(frozen=()))
-                    save(step, moves, {"batches": batches.get_state(), "text_sha256": text_sha256})
+                    data = {"batches": batches.get_state(), "text_sha256": text_sha256}
+                    save(step, launch.host_state(state.moving), data)
                     plot_metrics(run_dir)
         report.end(step, stopped=step < train.n_steps)
     return launch.host_state(state)

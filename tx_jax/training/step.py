@@ -27,6 +27,15 @@ class Examples(Protocol):
     def inputs(self) -> dict[str, Any]: ...
 
 
+class Moving(NamedTuple):
+    """What a step changes: a checkpoint holds this."""
+
+    step: Int[Array, ""]
+    params: dict
+    opt_state: optax.OptState
+    key: PRNGKeyArray
+
+
 class TrainState(NamedTuple):
     """Everything that a run is made of, but for its place in the data."""
 
@@ -35,6 +44,10 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
     key: PRNGKeyArray
     frozen: Any = ()  # what is not: the parameters that adapters are beside
+
+    @property
+    def moving(self) -> Moving:
+        return Moving(self.step, self.params, self.opt_state, self.key)
 
 
 class Metrics(NamedTuple):
