@@ -18,12 +18,12 @@ def check(config: Any) -> None:
             choices = typing.get_args(kind)
             close = difflib.get_close_matches(str(value), choices, 1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
-            require(value in choices, f"{name}={value!r} is not one of {', '.join(choices)}{hint}")
+            require(value in choices, f"{name}={value!r:.80} is not one of {', '.join(choices)}{hint}")
             continue
         kinds: tuple[Any, ...] = typing.get_args(kind) or (kind,)
         fits = type(value) in kinds or (type(value) is int and float in kinds)
         wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
-        require(fits, f"{name}={value!r} is {type(value).__name__}; it must be {wanted}")
+        require(fits, f"{name}={value!r:.80} is {type(value).__name__}; it must be {wanted}")
         if type(value) in (int, float):
             _check_number(name, value, least=0 if field.default == 0 else 1)
 
@@ -39,5 +39,5 @@ def _check_number(name: str, value: float | int, least: int) -> None:
 
 
 def divisors(n: int) -> str:
-    """The divisors of n, as the remedy of an error lists them."""
-    return ", ".join(str(i) for i in range(1, n + 1) if n % i == 0)
+    """The divisors of n up to 1024, as the remedy of an error lists them: a hostile n may be of any size."""
+    return ", ".join(str(i) for i in range(1, min(n, 1024) + 1) if n % i == 0)

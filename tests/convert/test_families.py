@@ -1,5 +1,6 @@
 """Every family: the logits of transformers, in and out, with padding, a cache, and 64 greedy tokens."""
 
+import functools
 import sys
 from pathlib import Path
 
@@ -22,6 +23,7 @@ T, LENGTHS = 11, (11, 7)
 TOKENS = np.random.default_rng(0).integers(3, public.V, (2, T)).astype(np.int32)
 POSITIONS = np.where(np.arange(T) < np.array(LENGTHS)[:, None], np.arange(T), -1).astype(np.int32)
 REAL = POSITIONS >= 0
+QUICK = {"xla_backend_optimization_level": 0}  # halves the time to compile, which is nearly all of the time
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +52,25 @@ def theirs(name, model=None):
     return (out.logits if "logits" in out else out.last_hidden_state).numpy()
 
 
+@functools.partial(jax.jit, static_argnums=0, static_argnames="method", compiler_options=QUICK)
+def apply(model, params, *inputs, method=None, **more):
+    return model.apply({"params": params}, *inputs, method=method, **more)
+
+
+@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+def advance(model, params, token, cache, blocked, source):
+    """The greedy token after one token, and the cache."""
+    hidden, cache = model.apply({"params": params}, token, cache=cache, method="hidden", **source)
+    logits = model.apply({"params": params}, hidden[:, -1], method="logits")
+    return logits.at[:, blocked].set(-jnp.inf).argmax(-1)[:, None].astype(jnp.int32), cache
+
+
 def ours(name, found):
-    model, params = tx.build(found.cfg), {"params": found.params}
-    tokens, positions = jnp.asarray(TOKENS), jnp.asarray(POSITIONS)
+    model, tokens, positions = tx.build(found.cfg), jnp.asarray(TOKENS), jnp.asarray(POSITIONS)
     if name in public.TRANSLATORS:
-        return np.asarray(model.apply(params, tokens, tokens[:, ::-1], positions)[0])
+        return np.asarray(apply(model, found.params, tokens, tokens[:, ::-1], positions)[0])
     bare = public.ALL[name][0].endswith("Model") and name in public.ENCODERS
-    return np.asarray(model.apply(params, tokens, positions, method="hidden" if bare else None)[0])
+    return np.asarray(apply(model, found.params, tokens, positions, method="hidden" if bare else None)[0])
 
 
 def compare(name, got, wanted):
@@ -73,12 +87,11 @@ def test_logits(name, loaded):
 @pytest.mark.parametrize("name", public.DECODERS)
 def test_prefill_and_decode(name, loaded):
     found = loaded(name)[1]
-    model, params = tx.build(found.cfg), {"params": found.params}
+    model = tx.build(found.cfg)
     cache, got = tx.init_cache(found.cfg, 2, 20), []
-    for start, stop in ((0, 5), (5, 6), (6, 7), (7, 11)):
-        out, cache = model.apply(
-            params, jnp.asarray(TOKENS[:, start:stop]), jnp.asarray(POSITIONS[:, start:stop]), cache=cache
-        )
+    for start, stop in ((0, 5), (5, 6), (6, 11)):
+        tokens, positions = (jnp.asarray(rows[:, start:stop]) for rows in (TOKENS, POSITIONS))
+        out, cache = apply(model, found.params, tokens, positions, cache=cache)
         got.append(out)
     compare(name, np.concatenate(got, axis=1), theirs(name))
 
@@ -92,23 +105,15 @@ def test_64_greedy_tokens(name, loaded):
         options |= {"decoder_start_token_id": 0, "use_cache": False}
     wanted = reference.generate(torch.tensor(TOKENS[:1]).long(), **options)[0, -64:]
     blocked = jnp.array([reference.generation_config.eos_token_id or 2])
+    start, source = [*row[0]], {}
     if name in public.TRANSLATORS:
-        memory = model.apply({"params": found.params}, row, method="encode")
-        start = jnp.zeros((1, 1), jnp.int32)
-    else:
-        memory, start = None, row
-    params = found.params
-    got, tokens = [], start
-    cache = tx.init_cache(found.cfg, 1, 90)
-    source = {} if memory is None else {"memory": memory}
-    step = jax.jit(
-        lambda tokens, cache: model.apply({"params": params}, tokens, cache=cache, method="hidden", **source)
-    )
-    for _ in range(64):
-        hidden, cache = step(tokens, cache)
-        logits = model.apply({"params": params}, hidden[:, -1], method="logits")
-        tokens = logits.at[:, blocked].set(-jnp.inf).argmax(-1)[:, None].astype(jnp.int32)
-        got.append(int(tokens[0, 0]))
+        start, source = [0], {"memory": apply(model, found.params, row, method="encode")}
+    got, cache = [], tx.init_cache(found.cfg, 1, 90)
+    for i in range(len(start) + 63):  # one shape: the prompt too is read token by token
+        token = jnp.array([[start[i]]], jnp.int32) if i < len(start) else token
+        token, cache = advance(model, found.params, token, cache, blocked, source)
+        got.append(int(token[0, 0]))
+    got = got[len(start) - 1 :]
     assert got == wanted.tolist()
 
 

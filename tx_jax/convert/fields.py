@@ -58,7 +58,7 @@ def alias(key: str, other: str, default: Any) -> Field:
 
 def one_of(key: str, value: Any, *allowed: Any) -> Any:
     """The value, held to those that are honoured."""
-    choices = ", ".join(repr(choice) for choice in allowed)
+    choices = ", ".join(f"{choice!r:.80}" for choice in allowed)
     # `is` beside ==, and types alike: 1 is not True, and a list cannot be looked up in a dict.
     found = any(value is one or (type(value) is type(one) and value == one) for one in allowed)
     require(found, f"{key}={value!r:.80} is not honoured; this family is read with {key} of {choices}")
@@ -192,6 +192,7 @@ def window(default: int | None = None, *, every: int | None = None, switch: bool
         n, size, letters = values["num_hidden_layers"], values["sliding_window"], {"sliding_attention": "w"}
         if size is None or not values.get("use_sliding_window", True):
             return {"window": None}
+        number("num_hidden_layers", n)
         types = values.get("layer_types")
         if types is not None:
             fits = isinstance(types, list) and len(types) == n

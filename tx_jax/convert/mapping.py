@@ -79,13 +79,15 @@ def _rows(source: str, target: str, layout: str, shapes: dict[str, Shape]) -> It
             yield name, Entry(tuple(paths), tuple(shapes[path] for path in paths), LAYOUTS[layout])
 
 
-def match_names(found: dict[str, Shape], expected: dict[str, Entry], prefix: str, outer: str) -> dict[str, str]:
+def match_names(
+    found: dict[str, Shape], expected: dict[str, Entry], unused: str, prefix: str, outer: str
+) -> dict[str, str]:
     """The names that a file's tensors have in the table, by name in the file: it may leave out the table's prefix, as a
     bare model's does, or have an outer one."""
     names = {}
     for name in found:
         forms = (name, prefix + name, name.removeprefix(outer))
-        names[name] = next((form for form in forms if form in expected), name)
+        names[name] = next((form for form in forms if form in expected or re.fullmatch(unused, form)), name)
     return names
 
 

@@ -90,10 +90,13 @@ def read_json(path: Path) -> dict[str, Any]:
         InputError: it cannot be read, is over a megabyte, or holds no JSON object.
     """
     try:
-        require(path.stat().st_size <= 1_000_000, f"{path} has {path.stat().st_size} bytes; at most 1,000,000 are read")
-        values = json.loads(path.read_bytes())
+        with path.open("rb") as file:
+            content = file.read(1_000_001)
     except OSError as error:
         raise InputError(f"cannot read {path} ({error.strerror}); give a directory in Hugging Face's layout") from error
+    require(len(content) <= 1_000_000, f"{path} has more than 1,000,000 bytes, as no config has; fetch it again")
+    try:
+        values = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON ({error!s:.80}); fetch it again") from error
     require(isinstance(values, dict), f"{path} is not a JSON object; fetch it again")
@@ -106,8 +109,8 @@ def read_family(values: Mapping[str, Any], where: str) -> tuple[Family, ModelCon
     Raises:
         InputError: the architecture is unknown, or an option is not honoured.
     """
-    named, kind = values.get("architectures") or [None], values.get("model_type")
-    name = named[0] if isinstance(named, list) and named else None
+    named, kind = values.get("architectures"), values.get("model_type")
+    name = named[0] if isinstance(named, list) and named else named
     fits = [family for family in FAMILIES if (family.architecture == name if name else family.model_type == kind)]
     known = ", ".join(dict.fromkeys(family.architecture for family in FAMILIES))
     require(fits, f"{where} has architectures={named!r:.80}, model_type={kind!r:.40}; those read are {known}")
@@ -141,7 +144,7 @@ def load_tensors(
             cfg = dataclasses.replace(cfg, tie_head=False)  # as transformers 5 does; T5 v1.1 says nothing else of it
     shapes = leaf_shapes(cfg)
     expected = entries(family.table, shapes)
-    names = match_names(tensors.shapes, expected, family.prefix, family.outer)
+    names = match_names(tensors.shapes, expected, unused, family.prefix, family.outer)
     check_names({ours: tensors.shapes[name] for name, ours in names.items()}, expected, unused, where)
     place = _place(cfg, mesh)
 
