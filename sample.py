@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -20,7 +20,7 @@ from jaxtyping import PRNGKeyArray
 import tx_jax as tx
 from tx_jax.checkpoint import read_config
 from tx_jax.command_line import keep_compiled, one_line_errors, parse
-from tx_jax.convert.sources import open_source
+from tx_jax.convert.sources import Source, open_source
 from tx_jax.data.chat import encode_chat
 from tx_jax.data.subwords import Subwords
 from tx_jax.data.tokenizers import Tokenizer
@@ -88,29 +88,37 @@ def main(argv: list[str]) -> None:
     model, tokenizer = tx.build(cfg), source.tokenizer
     if not isinstance(model, tx.DecoderLM):
         raise InputError(f"model={args.model!r} is an {cfg.stack}, which does not write on; give a decoder")
-    ends = source.special_ids.get("eos_token_id", ())
+    if tokenizer is None:
+        raise InputError(f"model={args.model!r} has no tokenizer; put its tokenizer.json beside the weights")
+    ends = source.special_ids.get("eos_token_id", [])
     sampler = tx.Sampler(args.temperature or None, args.top_k, args.top_p, args.min_p)
-    key = jax.random.key(args.seed)
-    ends = tuple(ends) if isinstance(ends, list | tuple) else (ends,)
-    writer = Writer(model, source.params, tokenizer, ends, args.max_new_tokens, sampler, key)
-    template = getattr(tokenizer, "chat_template", None)
-    chats = template is not None and not args.raw
+    writer = Writer(
+        model, source.params, tokenizer, tuple(ends) if isinstance(ends, list) else (ends,),
+        args.max_new_tokens, sampler, jax.random.key(args.seed),
+    )  # fmt: skip
+    chats = isinstance(tokenizer, Subwords) and tokenizer.chat_template is not None and not args.raw
     for flag in ("interactive", "system"):
         require(chats or not getattr(args, flag), f"--{flag} is for a model with a chat template, without --raw")
     if args.interactive:
         converse(writer, args.system)
         return
-    own = None if source.architecture else read_config(args.model).train.sample_prompt
-    prompt = own if args.prompt is None else read_prompt(args.prompt)
-    require(prompt is not None, f"prompt=None: {args.model} has none of its own; give --prompt TEXT, or --interactive")
+    given = read_prompt(args.prompt) if args.prompt is not None else own_prompt(args.model, source)
     if chats:
-        ids, echo = encode_chat(tokenizer, messages(args.system, prompt)), ""
+        ids, echo = encode_chat(cast(Subwords, tokenizer), messages(args.system, given)), ""
     else:
-        ids, echo = encode(tokenizer, prompt), prompt
+        ids, echo = encode(tokenizer, given), given
     if args.stream or (chats and args.num_samples == 1):
         show(writer, echo, tokens_of(writer, ids))
     else:
         complete(writer, echo, np.tile(ids, (args.num_samples, 1)))
+
+
+def own_prompt(name: str, source: Source) -> str:
+    """What a run goes on from where no prompt is given."""
+    own = read_config(name).train.sample_prompt if source.architecture is None else None
+    if own is None:
+        raise InputError(f"prompt=None: {name} has none of its own; give --prompt TEXT, or --interactive")
+    return own
 
 
 def fast_dtype() -> str:
@@ -202,27 +210,24 @@ def show(writer: Writer, echo: str, tokens: Iterable[int]) -> str:
 
 def converse(writer: Writer, system: str | None) -> None:
     """Answer each line of standard input, with the cache of all that was said before."""
-    said: list[str] = []
-    held = session.start(writer.model)
+    model, params, said = writer.model, writer.params, list[str]()
+    tokenizer = cast(Subwords, writer.tokenizer)
+    held = session.start(model)
+
+    def answer(ids: np.ndarray) -> Iterator[int]:
+        nonlocal held
+        logits, held = session.read(model, params, held, ids)
+        more = {"max_new_tokens": writer.room(len(ids)), "sampler": writer.sampler}
+        key = jax.random.fold_in(writer.key, len(said))
+        for token, now in session.write(model, params, logits, held, key=key, **more):
+            held = now
+            if token in writer.ends:
+                return
+            yield token
+
     while line := ask():
         said.append(line)
-        ids = encode_chat(writer.tokenizer, messages(system, *said))
-        logits, held = session.read(writer.model, writer.params, held, ids)
-        key = jax.random.fold_in(writer.key, len(said))
-        steps = session.write(
-            writer.model, writer.params, logits, held,
-            max_new_tokens=writer.room(len(ids)), sampler=writer.sampler, key=key,
-        )  # fmt: skip
-
-        def tokens(steps: Iterator = steps) -> Iterator[int]:
-            nonlocal held
-            for token, now in steps:
-                held = now
-                if token in writer.ends:
-                    return
-                yield token
-
-        said.append(show(writer, "", tokens()))
+        said.append(show(writer, "", answer(encode_chat(tokenizer, messages(system, *said)))))
 
 
 def ask() -> str:

@@ -17,7 +17,7 @@ import tyro
 
 from tx_jax import checkpoint
 from tx_jax.command_line import one_line_errors, parse
-from tx_jax.config import RunConfig
+from tx_jax.config import DataConfig, RunConfig
 from tx_jax.convert.pretrained import load_pretrained, save_pretrained
 from tx_jax.convert.sources import Source, find_source, is_run, open_source
 from tx_jax.data.subwords import Subwords
@@ -56,21 +56,22 @@ def main(argv: list[str]) -> None:
     fits = to == "hugging_face" or args.dtype in (None, "float32")
     require(fits, f"dtype={args.dtype!r}: a run directory holds float32; leave it out, or write --to hugging_face")
     source = open_source(args.src, dtype="float32" if to == "run" else args.dtype)
-    WRITERS[to](source, dst, args.architecture or source.architecture)
+    WRITERS[to](args, source, dst)
     print(f"{dst}: {sum(leaf.size for leaf in jax.tree.leaves(source.params)):,} parameters, written as {to}")
     if args.verify:
         print(verify(dst if to == "hugging_face" else src))
 
 
-def _to_hugging_face(source: Source, dst: Path, architecture: str | None) -> None:
-    tokenizer = source.tokenizer
+def _to_hugging_face(args: Args, source: Source, dst: Path) -> None:
+    tokenizer, architecture = source.tokenizer, args.architecture or source.architecture
     save_pretrained(dst, source.cfg, source.params, special_ids=source.special_ids, architecture=architecture)
     if tokenizer is not None:
         (tokenizer if isinstance(tokenizer, Subwords) else to_hugging_face(tokenizer)).save(dst)
 
 
-def _to_run(source: Source, dst: Path, architecture: str | None) -> None:
-    checkpoint.claim_run_dir(dst, RunConfig(run_dir=str(dst), model=source.cfg))
+def _to_run(args: Args, source: Source, dst: Path) -> None:
+    data = DataConfig(seq_len=min(DataConfig().seq_len, source.cfg.max_len))
+    checkpoint.claim_run_dir(dst, RunConfig(run_dir=str(dst), init=args.src, model=source.cfg, data=data))
     if source.tokenizer is not None:
         source.tokenizer.save(dst / "tokenizer")
     with checkpoint.saver(dst, keep=1) as save:

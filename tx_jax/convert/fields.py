@@ -164,7 +164,7 @@ def rope(
 
     def write(cfg: ModelConfig) -> dict[str, Any]:
         r = cfg.rotary
-        written = {theta_key: r.base}
+        written: dict[str, Any] = {theta_key: r.base}
         if r.scaling != "none":
             names = SCALINGS.get(r.scaling, {})
             written["rope_scaling"] = {"rope_type": r.scaling} | {key: getattr(r, ours) for key, ours in names.items()}

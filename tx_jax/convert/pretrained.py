@@ -162,7 +162,7 @@ def _repeats_table(family: Family, tensors: Tensors) -> bool:
     if len({tensors.shapes[name] for name in wanted & set(tensors.shapes)}) > 1:
         return False
     found = [tensor for _, tensor in tensors.read(wanted)]
-    return len(found) == 2 and np.array_equal(*found)
+    return len(found) == 2 and np.array_equal(found[0], found[1])
 
 
 def _place(cfg: ModelConfig, mesh: Mesh | None) -> dict[str, Any]:
