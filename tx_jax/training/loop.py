@@ -77,7 +77,7 @@ def _fit(cfg: RunConfig, stop: threading.Event) -> TrainState:
     if step:
         frozen = checkpoint.restore_base(run_dir, state.frozen)
         moving, position = checkpoint.restore(run_dir, state.moving)
-        state = TrainState(*moving, frozen)
+        state = TrainState(*moving, frozen=frozen)
         check_text(run_dir, position["text_sha256"], text_sha256)
         batches.set_state(position["batches"])
     else:
