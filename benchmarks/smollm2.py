@@ -63,18 +63,21 @@ def main(args: Args) -> None:
         peer = AutoModelForCausalLM.from_pretrained(home).eval()
 
     last, same = 0.0, 0
-    for text in PROMPTS:
-        ids = tokenizer.encode(text)[None]
-        ours = np.asarray(tx.generate(model, params, ids, max_new_tokens=args.new_tokens).tokens)
-        rows = torch.tensor(ids).long()
+    rows = [tokenizer.encode(text) for text in PROMPTS]
+    prompt = tx.pad_prompts([row.tolist() for row in rows])
+    generated = np.asarray(tx.generate(model, params, *prompt, max_new_tokens=args.new_tokens).tokens)
+    cache = tx.init_cache(found.cfg, *prompt.tokens.shape)
+    logits = np.asarray(jax.jit(tx.prefill, static_argnums=0)(model, params, prompt, cache)[0])
+    for row, ours, next_logits in zip(rows, generated, logits, strict=True):
+        ids = torch.tensor(row[None]).long()
         with torch.inference_mode():
             out = peer.generate(
-                rows, attention_mask=torch.ones_like(rows), max_new_tokens=args.new_tokens,
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=args.new_tokens,
                 min_new_tokens=args.new_tokens, do_sample=False, eos_token_id=None, pad_token_id=0,
             ).numpy()  # fmt: skip
-            theirs = peer(rows).logits[0, -1].numpy()
-        last = max(last, float(np.abs(theirs - np.asarray(model.apply({"params": params}, ids)[0][0, -1])).max()))
-        same += bool((ours[0] == out[0, ids.shape[1] :]).all())
+            theirs = peer(ids).logits[0, -1].numpy()
+        last = max(last, float(np.abs(theirs - next_logits).max()))
+        same += bool((ours == out[0, len(row) :]).all())
     print(f"largest difference of next-token logits on {len(PROMPTS)} prompts: {last:.1e}")
     print(f"the same {args.new_tokens} greedy tokens: {same} of {len(PROMPTS)} prompts", flush=True)
 

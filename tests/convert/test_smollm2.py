@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import tx_jax as tx
+from tx_jax.convert.gguf import open_gguf
 from tx_jax.convert.named import fetch_model
 from tx_jax.data.corpora import load_text
 from tx_jax.data.vocabularies import from_gguf
@@ -28,13 +29,8 @@ def both(tmp_path_factory):
         pytest.skip(str(error))
     found, home = tx.load_pretrained(path), tmp_path_factory.mktemp("smollm2")
     tx.save_pretrained(home, found.cfg, found.params, special_ids=found.special_ids, architecture=found.architecture)
-    return tx.build(found.cfg), found.params, read(path), hf.AutoModelForCausalLM.from_pretrained(home).eval()
-
-
-def read(path):
-    from tx_jax.convert.gguf import open_gguf
-
-    return from_gguf(open_gguf(path)[0])
+    peer = hf.AutoModelForCausalLM.from_pretrained(home).eval()
+    return tx.build(found.cfg), found.params, from_gguf(open_gguf(path)[0]), peer
 
 
 def test_logits_and_perplexity(both):
