@@ -20,7 +20,7 @@ from jaxtyping import PRNGKeyArray
 import tx_jax as tx
 from tx_jax.checkpoint import read_config
 from tx_jax.command_line import keep_compiled, one_line_errors, parse
-from tx_jax.convert.sources import Source, open_source
+from tx_jax.convert.sources import find_source, is_run, open_source
 from tx_jax.data.chat import encode_chat
 from tx_jax.data.subwords import Subwords
 from tx_jax.data.tokenizers import Tokenizer
@@ -83,8 +83,11 @@ def main(argv: list[str]) -> None:
     """Load, generate, print."""
     args = parse(Args, argv, prog="sample.py")
     keep_compiled()
-    source = open_source(args.model, dtype=fast_dtype(), step=args.step)
-    cfg = dataclasses.replace(source.cfg, dtype="float32") if jax.default_backend() == "cpu" else source.cfg
+    path, fast = find_source(args.model), "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    run = is_run(path)
+    source = open_source(str(path), dtype=None if run else fast, step=args.step)
+    dtype = fast if fast == "float32" or not run else source.cfg.dtype  # bfloat16 is slow on a CPU
+    cfg = dataclasses.replace(source.cfg, dtype=dtype)
     model, tokenizer = tx.build(cfg), source.tokenizer
     if not isinstance(model, tx.DecoderLM):
         raise InputError(f"model={args.model!r} is an {cfg.stack}, which does not write on; give a decoder")
@@ -102,7 +105,10 @@ def main(argv: list[str]) -> None:
     if args.interactive:
         converse(writer, args.system)
         return
-    given = read_prompt(args.prompt) if args.prompt is not None else own_prompt(args.model, source)
+    own = read_config(path).train.sample_prompt if run else None  # of training: a text to go on from, no message
+    chats = chats and args.prompt is not None
+    require(args.prompt is not None or own is not None, f"{args.model} has no prompt of its own; give --prompt TEXT")
+    given = cast(str, own) if args.prompt is None else read_prompt(args.prompt)
     if chats:
         ids, echo = encode_chat(cast(Subwords, tokenizer), messages(args.system, given)), ""
     else:
@@ -111,19 +117,6 @@ def main(argv: list[str]) -> None:
         show(writer, echo, tokens_of(writer, ids))
     else:
         complete(writer, echo, np.tile(ids, (args.num_samples, 1)))
-
-
-def own_prompt(name: str, source: Source) -> str:
-    """What a run goes on from where no prompt is given."""
-    own = read_config(name).train.sample_prompt if source.architecture is None else None
-    if own is None:
-        raise InputError(f"prompt=None: {name} has none of its own; give --prompt TEXT, or --interactive")
-    return own
-
-
-def fast_dtype() -> str:
-    """Of computation and of public parameters: float32 is the faster one on a CPU."""
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 def encode(tokenizer: Tokenizer | Subwords, text: str) -> np.ndarray:

@@ -77,7 +77,7 @@ def number(key: str, value: Any, kind: type = int) -> Any:
 WITHOUT_EFFECT = frozenset("""
     _name_or_path architectures model_type transformers_version torch_dtype dtype use_cache auto_map
     trust_remote_code _attn_implementation attn_implementation _attn_implementation_autoset gradient_checkpointing
-    pretraining_tp torchscript use_bfloat16 tokenizer_class prefix is_decoder task_specific_params finetuning_task
+    pretraining_tp torchscript use_bfloat16 tokenizer_class prefix task_specific_params finetuning_task
     problem_type num_labels id2label label2id output_attentions output_hidden_states output_past return_dict
     return_dict_in_generate output_scores tf_legacy_loss _num_labels model_name license unsloth_version
     unsloth_fixed initializer_range initializer_factor init_std chunk_size_feed_forward bos_token_id eos_token_id
@@ -232,7 +232,8 @@ def shortest(pattern: str) -> str:
 
 COMMON = (  # of all families that do not say otherwise
     only("is_encoder_decoder", False), only("add_cross_attention", False), only("cross_attention_hidden_size", None),
-    only("tie_encoder_decoder", False), only("pruned_heads", None, {}), only("quantization_config", None),
+    only("tie_encoder_decoder", False), only("is_decoder", False), only("pruned_heads", None, {}),
+    only("quantization_config", None),
 )  # fmt: skip
 
 
