@@ -94,10 +94,10 @@ def main(argv: list[str]) -> None:
     if tokenizer is None:
         raise InputError(f"model={args.model!r} has no tokenizer; put its tokenizer.json beside the weights")
     ends = source.special_ids.get("eos_token_id", [])
+    ends = {*(ends if isinstance(ends, list) else [ends]), *getattr(tokenizer, "eos_ids", ())}
     sampler = tx.Sampler(args.temperature or None, args.top_k, args.top_p, args.min_p)
     writer = Writer(
-        model, source.params, tokenizer, tuple(ends) if isinstance(ends, list) else (ends,),
-        args.max_new_tokens, sampler, jax.random.key(args.seed),
+        model, source.params, tokenizer, tuple(sorted(ends)), args.max_new_tokens, sampler, jax.random.key(args.seed)
     )  # fmt: skip
     chats = isinstance(tokenizer, Subwords) and tokenizer.chat_template is not None and not args.raw
     for flag in ("interactive", "system"):
@@ -112,16 +112,17 @@ def main(argv: list[str]) -> None:
     if chats:
         ids, echo = encode_chat(cast(Subwords, tokenizer), messages(args.system, given)), ""
     else:
-        ids, echo = encode(tokenizer, given), given
+        ids, echo = encode(tokenizer, given, ends), given
     if args.stream or (chats and args.num_samples == 1):
         show(writer, echo, tokens_of(writer, ids))
     else:
         complete(writer, echo, np.tile(ids, (args.num_samples, 1)))
 
 
-def encode(tokenizer: Tokenizer | Subwords, text: str) -> np.ndarray:
-    """The ids of a text, with what the model's own texts begin with."""
-    return tokenizer.encode(text, begin=True) if isinstance(tokenizer, Subwords) else tokenizer.encode(text)
+def encode(tokenizer: Tokenizer | Subwords, text: str, ends: set[int]) -> np.ndarray:
+    """The ids of a text, with what the model's own texts begin with, but not with their end."""
+    ids = tokenizer.encode(text, begin=True) if isinstance(tokenizer, Subwords) else tokenizer.encode(text)
+    return ids[:-1] if len(ids) > 1 and int(ids[-1]) in ends else ids
 
 
 def messages(system: str | None, *turns: str) -> list[dict[str, str]]:
@@ -169,7 +170,7 @@ def complete(writer: Writer, echo: str, tokens: np.ndarray) -> None:
     for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
         if len(rows) > 1:
             print(f"--- sample {i + 1}")
-        print(echo + writer.tokenizer.decode(row[:length]))
+        print(echo + writer.tokenizer.decode([i for i in row[:length] if i < writer.tokenizer.vocab_size]))
     say(f"prefill {tokens.size} tokens", tokens.size, filling)
     say(f"decode {lengths.sum()} tokens", lengths.sum() - len(rows), decoding)  # each row's first came from the prefill
 
@@ -188,7 +189,8 @@ def show(writer: Writer, echo: str, tokens: Iterable[int]) -> str:
     def clocked() -> Iterator[int]:
         for token in tokens:
             times.append(time.perf_counter())
-            yield token
+            if token < writer.tokenizer.vocab_size:  # a model's table may be longer, up to a round number
+                yield token
 
     print(echo, end="", flush=True)
     for piece in writer.tokenizer.stream(clocked()):

@@ -160,9 +160,13 @@ class _Base(NamedTuple):
 
 
 def save_base(run_dir: RunDir, params: PyTree[Array]) -> None:
-    """Write once, apart from all checkpoints, the parameters that a run does not change; nothing if there are none."""
+    """Write, apart from all checkpoints, the parameters that a run does not change; nothing if there are none.
+
+    A run that was stopped before its first checkpoint may have left others, which give way.
+    """
     home = pathlib.Path(run_dir) / BASE
-    if jax.tree.leaves(params) and latest_step(home) is None:
+    if jax.tree.leaves(params):
+        shutil.rmtree(home, ignore_errors=True)
         with saver(home, keep=1) as save:
             save(0, _Base(jnp.int32(0), params), {})
 

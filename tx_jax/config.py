@@ -103,7 +103,7 @@ class ModelConfig:
     dropout_rate: float = 0.0  # of embeddings and of each sub-layer's output
     attention_dropout_rate: float = 0.0  # of attention weights
     init: Init = "normal"  # normal: N(0, 0.02), residual outputs ÷ √(2L) (GPT-2); xavier (2017)
-    dtype: DType = "float32"  # of computation; parameters are always float32
+    dtype: DType = "float32"  # of computation; parameters that are trained are float32
 
     @property
     def K(self) -> int:  # noqa: N802

@@ -69,6 +69,8 @@ ENCODERS = {
     "bert": ("BertModel", SIZES),
     "bert-mlm": ("BertForMaskedLM", SIZES),
     "roberta": ("RobertaModel", SIZES | {"type_vocab_size": 1, "pad_token_id": 1}),
+    "xlm-roberta": ("XLMRobertaModel", SIZES | {"type_vocab_size": 1, "pad_token_id": 1}),
+    "xlm-roberta-mlm": ("XLMRobertaForMaskedLM", SIZES | {"type_vocab_size": 1, "pad_token_id": 1}),
     "roberta-mlm": ("RobertaForMaskedLM", SIZES | {"type_vocab_size": 1, "pad_token_id": 1}),
 }
 ALL = DECODERS | TRANSLATORS | ENCODERS

@@ -47,6 +47,7 @@ class Weights(NamedTuple):
 
 
 @one_line_errors()
+@jax.default_matmul_precision("highest")  # for --verify
 def main(argv: list[str]) -> None:
     """Read, write, compare."""
     args = parse(Args, argv, prog="python -m tx_jax.convert")
@@ -70,10 +71,14 @@ def _to_hugging_face(args: Args, source: Source, dst: Path) -> None:
 
 
 def _to_run(args: Args, source: Source, dst: Path) -> None:
+    tokenizer, ends = source.tokenizer, source.special_ids.get("eos_token_id", [])
     data = DataConfig(seq_len=min(DataConfig().seq_len, source.cfg.max_len))
     checkpoint.claim_run_dir(dst, RunConfig(run_dir=str(dst), init=args.src, model=source.cfg, data=data))
-    if source.tokenizer is not None:
-        source.tokenizer.save(dst / "tokenizer")
+    if isinstance(tokenizer, Subwords):  # a run keeps no other record of what ends a text
+        ends = {*(ends if isinstance(ends, list) else [ends]), *tokenizer.eos_ids}
+        tokenizer = dataclasses.replace(tokenizer, eos_ids=tuple(sorted(ends)))
+    if tokenizer is not None:
+        tokenizer.save(dst / "tokenizer")
     with checkpoint.saver(dst, keep=1) as save:
         save(0, Weights(source.params), {})
 
@@ -88,9 +93,10 @@ def verify(directory: Path) -> str:
         InputError: transformers is not there, or the logits differ by more than a thousandth of the largest.
     """
     hf, torch = _reference("transformers"), _reference("torch")
-    cfg, params, _, architecture = load_pretrained(directory)
+    cfg, params, special, architecture = load_pretrained(directory)
     model: Any = build(cfg)
-    tokens = np.random.default_rng(0).integers(cfg.vocab_size or 1, size=(2, min(16, cfg.max_len)))
+    usual = np.setdiff1d(np.arange(cfg.vocab_size or 1), [special.get("pad_token_id", -1)])  # RoBERTa skips padding
+    tokens = np.random.default_rng(0).choice(usual, size=(2, min(16, cfg.max_len)))
     rows = jnp.asarray(tokens, jnp.int32)
     theirs = getattr(hf, architecture).from_pretrained(directory, dtype=torch.float32).eval()
     inputs = {"input_ids": torch.tensor(tokens)}

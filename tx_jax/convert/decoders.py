@@ -6,7 +6,6 @@ from tx_jax.convert.family import (
     attention_bias,
     blocks,
     eps,
-    fallback,
     head_dim,
     kv_heads,
     query_scalar,
@@ -128,7 +127,8 @@ DECODERS = (
         "GemmaForCausalLM", "gemma", GEMMA_BASE,
         (
             *sizes(256_000, 3072, 24_576, 28, 16, 8192), kv_heads(16), head_dim(256),
-            fallback(GEGLU, "hidden_activation", "hidden_act"), eps(1e-6), tied(True), rope(),
+            choice("hidden_act", "mlp", {"gelu_pytorch_tanh": "geglu_tanh", "gelu": "geglu_tanh"}, "gelu_pytorch_tanh"),
+            only("hidden_activation", None, "gelu_pytorch_tanh", "gelu"), eps(1e-6), tied(True), rope(),
             attention_bias(RMS_BIASES), ONE_WAY,
         ),
         _llama(), prefix="model.", unused=LLAMA_UNUSED,
@@ -139,6 +139,7 @@ DECODERS = (
             *sizes(256_000, 2304, 9216, 26, 8, 8192), kv_heads(4), head_dim(256),
             GEGLU, alias("hidden_act", "hidden_activation", "gelu_pytorch_tanh"), eps(1e-6), tied(True), rope(),
             window(4096, every=2),
+            alias("sliding_window_size", "sliding_window", 4096),
             attention_bias(RMS_BIASES), query_scalar(256), *_gemma_caps(50.0, 30.0), ONE_WAY,
         ),
         _llama(**SANDWICH), prefix="model.", unused=LLAMA_UNUSED,
@@ -148,7 +149,7 @@ DECODERS = (
         (
             *sizes(262_208, 2304, 9216, 26, 8, 131_072), kv_heads(4), head_dim(256),
             GEGLU, alias("hidden_act", "hidden_activation", "gelu_pytorch_tanh"), eps(1e-6), tied(True), rope(1e6,
-            window_theta=1e4), window(4096, every=6),
+            window_theta=1e4), window(4096, every=6, every_key="sliding_window_pattern"),
             attention_bias(RMS_BIASES), query_scalar(256), *_gemma_caps(None, None), ONE_WAY,
         ),
         _llama(**SANDWICH), prefix="model.", unused=LLAMA_UNUSED,
@@ -158,6 +159,7 @@ DECODERS = (
         (
             *sizes(32_064, 3072, 8192, 32, 32, 4096), kv_heads(None), GATED, eps(1e-5),
             tied(False), rope(fraction=1.0), window(None),
+            only("attention_bias", False),
             Field({"original_max_position_embeddings": None}, lambda v: {}, lambda cfg: {}),  # of longrope alone
         ),
         _llama(

@@ -96,11 +96,12 @@ def _t5_table(up: Table) -> Table:
     return table
 
 
-T5_UNUSED = r"(encoder|decoder)\.embed_tokens\.weight|.*\.EncDecAttention\.relative_attention_bias\.weight"
+T5_UNUSED = r".*\.EncDecAttention\.relative_attention_bias\.weight"  # of old files; transformers passes it over
+T5_REPEATS = {f"{stack}.embed_tokens.weight": "shared.weight" for stack in ("encoder", "decoder")}
 BART_ATTENTION: Table = {
     f"{theirs}_proj": ours for theirs, ours in {"q": "q", "k": "k", "v": "v", "out": "out"}.items()
 }
-BART_UNUSED = r"model\.(encoder|decoder)\.embed_tokens\.weight"
+BART_REPEATS = {f"model.{stack}.embed_tokens.weight": "model.shared.weight" for stack in ("encoder", "decoder")}
 
 
 def _bart_table(**more: str) -> Table:
@@ -199,13 +200,14 @@ XLM_FIELDS = (copy("vocab_size", "vocab_size", 30_522), *ROBERTA_FIELDS[1:])
 
 def _bert_like(name: str, model_type: str, fields: tuple[Field, ...], root: str, head: Table) -> tuple[Family, ...]:
     """The bare encoder with its pooler, and the one with a head for masked tokens."""
-    unused = rf"({root})?(embeddings\.position_ids|pooler\.dense\.\w+)|.*decoder\.bias|cls\.seq_relationship\.\w+"
+    unused = rf"({root})?(embeddings\.position_ids|pooler\.dense\.\w+)|cls\.seq_relationship\.\w+"
     bare = BERT_BASE | {"pooler": True}
+    own, bias = (next(source for source, row in head.items() if row == f"head/{part}") for part in ("map", "bias"))
     return (
         Family(f"{name}Model", model_type, bare, fields, _bert_table(""), unused=rf"({root})?embeddings\.position_ids",
                absent=POOLED, outer=root),
         Family(f"{name}ForMaskedLM", model_type, MLM_BASE, fields, _bert_table(root) | head, prefix=root,
-               head=next(source for source, row in head.items() if row == "head/map") + ".weight", unused=unused),
+               head=f"{own}.weight", repeats={f"{own}.bias": bias}, unused=unused),
     )  # fmt: skip
 
 
@@ -217,17 +219,17 @@ ENCODERS = (
 TRANSLATORS = (
     Family(
         "T5ForConditionalGeneration", "t5", T5_BASE, _t5_fields({"relu": "relu", "gelu": "gelu", "silu": "silu"}),
-        _t5_table({"wi": "mlp/up"}), unused=T5_UNUSED,
+        _t5_table({"wi": "mlp/up"}), unused=T5_UNUSED, repeats=T5_REPEATS,
     ),
     Family(  # v1.1 and flan
         "T5ForConditionalGeneration", "t5", T5_BASE, _t5_fields({"gated-gelu": "geglu_tanh", "gated-silu": "swiglu"}),
-        _t5_table({"wi_0": "mlp/gate", "wi_1": "mlp/up"}), unused=T5_UNUSED,
+        _t5_table({"wi_0": "mlp/gate", "wi_1": "mlp/up"}), unused=T5_UNUSED, repeats=T5_REPEATS,
     ),
     Family(
         "BartForConditionalGeneration", "bart",
         BART_BASE | {"positions": "learned", "position_offset": 2, "norm_embeddings": True}, _bart_fields(50_265),
         _bart_table(**{"embed_positions.weight": "positions/table", "layernorm_embedding": "first_norm"}),
-        prefix="model.", unused=BART_UNUSED, absent=NO_BIAS,
+        prefix="model.", repeats=BART_REPEATS, absent=NO_BIAS,
     ),
     Family(
         "MarianMTModel", "marian", BART_BASE | {"positions": "sinusoidal_concat"},
@@ -236,7 +238,7 @@ TRANSLATORS = (
             False),
             alias("decoder_vocab_size", "vocab_size", 58_101),
         ),
-        _bart_table(), prefix="model.", unused=BART_UNUSED + r"|model\.(encoder|decoder)\.embed_positions\.weight",
-        absent=NO_BIAS,
+        _bart_table(), prefix="model.", repeats=BART_REPEATS,
+        unused=r"model\.(encoder|decoder)\.embed_positions\.weight", absent=NO_BIAS,
     ),
 )  # fmt: skip

@@ -24,7 +24,8 @@ class Family(NamedTuple):
     prefix: str = ""  # of all names but the head's; a file of the bare model leaves it out
     outer: str = ""  # that a file may have before all names
     head: str = "lm_head.weight"  # the logits' own table; where it is tied, the file may repeat it
-    unused: str = "(?!)"  # a pattern of names that may be there: buffers, repeated tables
+    repeats: Mapping[str, str] = MappingProxyType({})  # names that a file may have twice; both must be equal
+    unused: str = "(?!)"  # a pattern of names that may be there and are not read, such as buffers
     absent: Mapping[str, dict[str, Any]] = MappingProxyType({})  # what a file without this tensor says of its config
 
 
@@ -52,17 +53,6 @@ def query_scalar(default: int) -> Field:
 
     key = "query_pre_attn_scalar"
     return Field({key: default}, lambda v: {"attention_scale": number(key, v[key], float) ** -0.5}, write)
-
-
-def fallback(field: Field, key: str, other: str) -> Field:
-    """The field, whose `key` is `other` where the file leaves it out or has it null."""
-    default = field.defaults[key]
-
-    def read(v: Values) -> dict[str, Any]:
-        given = v[other] if v[key] is None else v[key]
-        return field.read({name: v[name] for name in field.defaults} | {key: default if given is None else given})
-
-    return Field(field.defaults | {key: None, other: None}, read, field.write)
 
 
 def sizes(vocab: int, width: int, mlp: int, layers: int, heads: int, length: int) -> tuple[Field, ...]:

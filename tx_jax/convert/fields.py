@@ -59,8 +59,10 @@ def alias(key: str, other: str, default: Any) -> Field:
 def one_of(key: str, value: Any, *allowed: Any) -> Any:
     """The value, held to those that are honoured."""
     choices = ", ".join(f"{choice!r:.80}" for choice in allowed)
-    # `is` beside ==, and types alike: 1 is not True, and a list cannot be looked up in a dict.
-    found = any(value is one or (type(value) is type(one) and value == one) for one in allowed)
+    # Types are alike, or those of numbers: 10000 is 10000.0, but 1 is not True, and a list is no key of a dict.
+    numbers = {int, float}
+    alike = [one for one in allowed if type(one) is type(value) or {type(one), type(value)} == numbers]
+    found = any(value is one or value == one for one in alike)
     require(found, f"{key}={value!r:.80} is not honoured; this family is read with {key} of {choices}")
     return value
 
@@ -69,7 +71,7 @@ def number(key: str, value: Any, kind: type = int) -> Any:
     """The value, held to a positive number that a model may have."""
     fits = type(value) is int or (kind is float and type(value) is float)
     require(fits and 0 < value < 1e9, f"{key}={value!r:.80} must be a positive {kind.__name__}")
-    return value
+    return kind(value)
 
 
 # Keys that change no logit: names, ids of special tokens, dropout, initialisation, how generation was once called,
@@ -104,7 +106,7 @@ def _read_scaling(rope: dict[str, Any], max_len: Any) -> dict[str, Any]:
         found["original_len"] = max_len
     for key, value in rope.items():
         require(key in names, f"rope_scaling has {key}={value!r:.80}, which is not honoured for {kind!r}; remove it")
-        found[names[key]] = number(key, value, float)
+        found[names[key]] = number(key, value, int if names[key] == "original_len" else float)
     return found
 
 
@@ -152,7 +154,7 @@ def rope(
         scaling = values["rope_scaling"] or {}
         require(isinstance(scaling, dict), f"rope_scaling={scaling!r:.80} must be an object")
         base = full.pop("rope_theta", values[theta_key])
-        part = full.pop("partial_rotary_factor", values.get(fraction_key, 1.0))
+        part = 1.0 if fraction is None else full.pop("partial_rotary_factor", values[fraction_key])
         rotary = {"base": number(theta_key, base, float), "fraction": number(fraction_key, part, float)}
         if window_theta is not None:
             local = dict(nested.get("sliding_attention") or {})
@@ -160,7 +162,9 @@ def rope(
             local_base = local.pop("rope_theta", values[local_key])
             require(not local, f"rope_parameters has {', '.join(local):.80} for layers with a window; remove it")
             rotary["window_base"] = number(local_key, local_base, float)
-        return {"rotary": RotaryConfig(**rotary, **_read_scaling(full or scaling, values["max_position_embeddings"]))}
+        twice = scaling and set(full) - {"rope_type"}
+        require(not twice, "rope_parameters and rope_scaling both say how angles are scaled; keep one of them")
+        return {"rotary": RotaryConfig(**rotary, **_read_scaling(scaling or full, values["max_position_embeddings"]))}
 
     def write(cfg: ModelConfig) -> dict[str, Any]:
         r = cfg.rotary
@@ -174,18 +178,21 @@ def rope(
     return Field(defaults, read, write)
 
 
-def window(default: int | None = None, *, every: int | None = None, switch: bool = False) -> Field:
+def window(
+    default: int | None = None, *, every: int | None = None, every_key: str | None = None, switch: bool = False
+) -> Field:
     """Which layers see a window. `layer_types` says it of each; older files by one of the other keys.
 
     Args:
         default: tokens, where the file has none.
         every: where the file does not say otherwise, each so many-th layer sees all (Gemma); None: no layer does.
+        every_key: under which the file may say so; None: it cannot.
         switch: the file has use_sliding_window, and max_window_layers, the first layers, which see all (Qwen).
     """
     named = every is not None or switch
     defaults: dict[str, Any] = {"sliding_window": default, "num_hidden_layers": None}
     defaults |= {"layer_types": None} if named else {}
-    defaults |= {"sliding_window_pattern": every, "_sliding_window_pattern": every} if every else {}
+    defaults |= {every_key: every, f"_{every_key}": None} if every_key else {}
     defaults |= {"use_sliding_window": False, "max_window_layers": 28} if switch else {}
 
     def read(values: Values) -> dict[str, Any]:
@@ -201,10 +208,12 @@ def window(default: int | None = None, *, every: int | None = None, switch: bool
                 one_of("layer_types", one, "sliding_attention", "full_attention")
             pattern = "".join(letters.get(one, "f") for one in types)
         elif switch:
-            first = min(number("max_window_layers", values["max_window_layers"] or n), n)
-            pattern = "f" * first + "w" * (n - first)
+            first = values["max_window_layers"]
+            require(type(first) is int and first >= 0, f"max_window_layers={first!r:.80} must be an integer from 0 on")
+            pattern = "f" * min(first, n) + "w" * max(n - first, 0)
         else:
-            step = every and number("sliding_window_pattern", values["sliding_window_pattern"])
+            step = every and number("sliding_window_pattern", values.get(every_key or "", every))
+            one_of(f"_{every_key}", values.get(f"_{every_key}"), None, step)
             pattern = "w" * n if step is None else ("w" * (step - 1) + "f") * (n // step) + "w" * (n % step)
         require("w" in pattern or named, f"sliding_window={size}: no layer has one")
         return {"window": size, "window_pattern": shortest(pattern)} if "w" in pattern else {"window": None}

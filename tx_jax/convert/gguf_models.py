@@ -97,48 +97,42 @@ SIZES = (
 )  # fmt: skip
 ATTENTION_CAP = copy("attn_logit_softcapping", "attention_soft_cap", 50.0)
 BASE = {"positions": "rotary", "norm": "rmsnorm", "norm_order": "pre", "mlp": "swiglu", "tie_head": False}
-GEMMA = BASE | {"mlp": "geglu_tanh", "scale_embeddings": True}  # llama.cpp stores norms as 1 + what Gemma's files hold
+GEMMA = BASE | {"mlp": "geglu_tanh", "scale_embeddings": True, "norm": "rmsnorm_offset"}
 TIED = {"output.weight": {"tie_head": True}}
 
 
-def _table(q_and_k: str = "", **norms: str) -> Table:
+def _table(q_and_k: str, norm: str) -> Table:
+    """llama.cpp's names; q_and_k and norm are layouts."""
     block = {
-        "attn_norm": "attention_norm",
+        "attn_norm": f"attention_norm{norm}",
         "attn_q": f"attention/q{q_and_k}",
         "attn_k": f"attention/k{q_and_k}",
         "attn_v": "attention/v",
         "attn_output": "attention/out",
-        "attn_q_norm": "attention/q_norm",
-        "attn_k_norm": "attention/k_norm",
-        "ffn_norm": "mlp_norm",
+        "attn_q_norm": f"attention/q_norm{norm}",
+        "attn_k_norm": f"attention/k_norm{norm}",
+        "ffn_norm": f"mlp_norm{norm}",
         "ffn_gate": "mlp/gate",
         "ffn_up": "mlp/up",
         "ffn_down": "mlp/down",
-        "post_attention_norm": "attention_out_norm",
-        "post_ffw_norm": "mlp_out_norm",
+        "post_attention_norm": f"attention_out_norm{norm}",
+        "post_ffw_norm": f"mlp_out_norm{norm}",
     }
-    ends = {"token_embd.weight": "embed/table", "output_norm": "stack/last_norm", "output": "head/map"}
+    ends = {"token_embd.weight": "embed/table", "output_norm": f"stack/last_norm{norm}", "output": "head/map"}
     return ends | blocks(block, "blk.{i}.", "stack/blocks_{i}/")
 
 
-def _family(name: str, architecture: str, base: dict[str, Any], *fields: Field, layout: str = "") -> Family:
-    return Family(
-        architecture,
-        name,
-        base,
-        (*SIZES, *fields),
-        _table(layout),
-        head="output.weight",
-        unused=ROPE_FREQS,
-        absent=TIED,
-    )
+def _family(name: str, architecture: str, base: dict[str, Any], *fields: Field) -> Family:
+    q_and_k, norm = " pairs" * (name == "llama"), " one_more" * name.startswith("gemma")
+    table, fields = _table(q_and_k, norm), (*SIZES, *fields)
+    return Family(architecture, name, base, fields, table, head="output.weight", unused=ROPE_FREQS, absent=TIED)
 
 
 ROPE_FREQS = "rope_freqs.weight"  # what llama3's scaling divides each frequency by
 GGUF_FAMILIES = {
     family.model_type: family
     for family in (
-        _family("llama", "LlamaForCausalLM", BASE, _rope(), _window("w"), layout=" pairs"),
+        _family("llama", "LlamaForCausalLM", BASE, _rope(), _window("w")),
         _family("qwen2", "Qwen2ForCausalLM", BASE | {"biases": "qkv"}, _rope()),
         _family("qwen3", "Qwen3ForCausalLM", BASE | {"qk_norm": True}, _rope()),
         _family("gemma", "GemmaForCausalLM", GEMMA, _rope()),

@@ -55,6 +55,8 @@ LAYOUTS = {
         ),
         _rows,
     ),
+    # 1 + ours: llama.cpp's norms of Gemma.
+    "one_more": Layout(lambda tensor, shapes, H: [tensor - 1], lambda leaves, H: leaves[0] + 1, _rows),
     # With a batch of one before it: BART's bias of the logits.
     "row": Layout(lambda tensor, shapes, H: [tensor[0]], lambda leaves, H: leaves[0][None], lambda s: (1, *s[0])),
 }

@@ -7,6 +7,7 @@ the first family whose config.json, read back, gives the same model.
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +34,7 @@ SPECIAL_IDS = (
     "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id",
     "forced_eos_token_id",
 )  # fmt: skip
-GGUF_IDS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
+GGUF_IDS = {"bos_token_id": ("bos",), "eos_token_id": ("eos", "eot", "eom"), "pad_token_id": ("padding",)}
 DTYPES = {None: None, "float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 
@@ -67,8 +68,8 @@ def load_pretrained(
     family, cfg = read_family(values, str(root / "config.json"))
     generation = root / "generation_config.json"
     ids = values | (read_json(generation) if generation.exists() else {})
+    special = {key: _special(key, ids[key]) for key in SPECIAL_IDS if ids.get(key) is not None}
     cfg, params = load_tensors(family, cfg, open_safetensors(root), str(root), dtype, mesh)
-    special = {key: ids[key] for key in SPECIAL_IDS if ids.get(key) is not None}
     return Pretrained(cfg, params, special, family.architecture)
 
 
@@ -79,8 +80,17 @@ def _load_gguf(path: Path, dtype: str | None, mesh: Mesh | None) -> Pretrained:
     for _, divisors in tensors.read({ROPE_FREQS}):
         cfg = with_rope_freqs(cfg, divisors)
     cfg, params = load_tensors(family, cfg, tensors, str(path), dtype, mesh)
-    ids = {key: metadata.get(f"tokenizer.ggml.{name}_token_id") for key, name in GGUF_IDS.items()}
-    return Pretrained(cfg, params, {key: i for key, i in ids.items() if i is not None}, family.architecture)
+    said = {key: [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in names] for key, names in GGUF_IDS.items()}
+    ids = {key: sorted({i for i in found if i is not None}) for key, found in said.items()}
+    special = {key: found[0] if len(found) == 1 else found for key, found in ids.items() if found}
+    return Pretrained(cfg, params, special, family.architecture)
+
+
+def _special(key: str, value: Any) -> Any:
+    """The id of a special token, or several."""
+    ids = value if isinstance(value, list) else [value]
+    require(all(type(i) is int and i >= 0 for i in ids), f"{key}={value!r:.80} must be an id, or a list of ids")
+    return value
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -137,9 +147,14 @@ def load_tensors(
         if not {name, family.prefix + name, family.outer + name} & set(tensors.shapes):
             cfg = dataclasses.replace(cfg, **says)
     unused = family.unused
-    if cfg.tie_head and family.head in tensors.shapes:
-        if _repeats_table(family, tensors):
-            unused = f"{unused}|{family.head}"
+    table = next(name for name, row in family.table.items() if row == "embed/table")
+    for name, twin in {**family.repeats, **({family.head: table} if cfg.tie_head else {})}.items():
+        if name not in tensors.shapes:
+            continue
+        equal = _equal(tensors, name, {twin, twin.removeprefix(family.prefix)})
+        require(equal or name == family.head, f"{name} is not {twin} in {where}; this architecture has one for both")
+        if equal:
+            unused = f"{unused}|{re.escape(name)}"
         else:
             cfg = dataclasses.replace(cfg, tie_head=False)  # as transformers 5 does; T5 v1.1 says nothing else of it
     shapes = leaf_shapes(cfg)
@@ -156,12 +171,12 @@ def load_tensors(
     return cfg, unpack(tensors, names, expected, cfg.H, put, where)
 
 
-def _repeats_table(family: Family, tensors: Tensors) -> bool:
-    table = next(name for name, row in family.table.items() if row == "embed/table")
-    wanted = {family.head, table, table.removeprefix(family.prefix)}
-    if len({tensors.shapes[name] for name in wanted & set(tensors.shapes)}) > 1:
+def _equal(tensors: Tensors, name: str, twins: set[str]) -> bool:
+    """Whether a tensor is the same as the one of its twins that is there."""
+    there = {name, *twins} & set(tensors.shapes)
+    if len({tensors.shapes[one] for one in there}) > 1:
         return False
-    found = [tensor for _, tensor in tensors.read(wanted)]
+    found = [tensor for _, tensor in tensors.read(there)]
     return len(found) == 2 and np.array_equal(found[0], found[1])
 
 
@@ -208,7 +223,8 @@ def save_pretrained(
     save_safetensors(root, tensors(), max_shard_bytes)
     stored = dtype or str(next(iter(jax.tree.leaves(params))).dtype)
     ids = {key: value for key, value in (special_ids or {}).items() if value is not None}
-    _write_json(root / "config.json", values | ids | {"torch_dtype": stored})
+    none = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # or transformers would take the family's
+    _write_json(root / "config.json", none | values | ids | {"torch_dtype": stored})
     if cfg.stack != "encoder":
         _write_json(root / "generation_config.json", {**ids, "_from_model_config": True})
     return family.architecture

@@ -28,7 +28,7 @@ from tx_jax.models import build, init_params
 from tx_jax.parallel import shardings
 
 HUB = re.compile(r"hf://(?P<repo_id>[^/@\s]+/[^/@\s]+?)(@(?P<revision>\S+))?")
-HUB_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.tiktoken", "*.jinja")  # no code, no other weights
+HUB_FILES = ("model*.safetensors", "*.json", "*.model", "*.txt", "*.tiktoken", "*.jinja")  # no code, no other weights
 POSSIBLE = (
     f"a name ({', '.join(NAMED)}), a directory in Hugging Face's layout, a GGUF file, a run directory of train.py, "
     "or hf://ORG/NAME[@REVISION]"

@@ -47,6 +47,7 @@ class SubwordTokenizer:
     bos_id: int | None = None  # begins a text
     eos_ids: tuple[int, ...] = ()  # each ends one; the first is the one to write
     chat_template: str | None = dataclasses.field(default=None, repr=False)  # Jinja, for data.chat
+    roles: tuple[tuple[str, str], ...] = ()  # what other libraries ask for, such as ("pad_token", "[PAD]")
 
     def __post_init__(self) -> None:
         utf8(self.json)
@@ -157,7 +158,7 @@ class SubwordTokenizer:
         Raises:
             InputError: the directory holds a tokenizer of another kind.
         """
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", **config_of(self)}
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", **config_of(self), **dict(self.roles)}
         write_vocabulary(directory, "tokenizer.json", self.json.encode("utf-8"), config)
 
 

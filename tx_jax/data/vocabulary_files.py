@@ -15,6 +15,7 @@ from tx_jax.data.vocabularies import from_gpt2
 from tx_jax.errors import InputError, require
 
 Config = Mapping[str, Any]
+ROLES = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
 TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")  # Llama 3's first release calls its ranks tokenizer.model
 
 
@@ -129,7 +130,9 @@ def _read_json(home: Path, path: Path) -> SubwordTokenizer | Tokenizer:
     content = _text(path)
     if '"kind"' in content[:20]:  # ours, which begins with it
         return load_tokenizer(home)
-    return SubwordTokenizer(content, **_ends(_config(home), SubwordTokenizer(content).token_id))
+    config = _config(home)
+    roles = tuple((key, name) for key in ROLES if (name := _name(config, key)) is not None)
+    return SubwordTokenizer(content, **_ends(config, SubwordTokenizer(content).token_id), roles=roles)
 
 
 def _read_gpt2(home: Path, vocab: Path, merges: Path) -> SubwordTokenizer:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Integer, PRNGKeyArray
 
 from tx_jax.cache import Cache, init_cache
 from tx_jax.decoding.generate import BUCKET, Prompt, advance, check_tokens, choose, prefill
-from tx_jax.decoding.samplers import Sampler
+from tx_jax.decoding.samplers import Sampler, check_sampler
 from tx_jax.errors import require
 from tx_jax.models import DecoderLM
 
@@ -66,7 +66,17 @@ def write(
     sampler: Sampler = Sampler(),
     key: PRNGKeyArray | None = None,
 ) -> Iterator[tuple[int, Session]]:
-    """New tokens, each as soon as it is there, with the session before it: what `read` gave, going on."""
+    """New tokens, each as soon as it is there, with the session before it: what `read` gave, going on.
+
+    Raises:
+        InputError: a sampler's number out of bounds, or no key where one is needed.
+    """
+    check_sampler(sampler)
+    require(sampler.temperature is None or key is not None, "sampling needs key=jax.random.key(seed)")
+    return _write(model, params, logits, session, max_new_tokens, sampler, key)
+
+
+def _write(model, params, logits, session, max_new_tokens, sampler, key) -> Iterator[tuple[int, Session]]:
     n = min(max_new_tokens, model.cfg.max_len - len(session.ids))
     for i in range(n):
         token = choose(logits, sampler, key, i)

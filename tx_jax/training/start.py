@@ -40,7 +40,7 @@ def open_start(cfg: RunConfig, text: str) -> Start:
     if cfg.init is None:
         tokenizer = train_tokenizer(cfg.data.tokenizer, text, cfg.data.vocab_size)
         return Start(dataclasses.replace(cfg, model=fill_vocabulary(cfg.model, tokenizer)), tokenizer, None)
-    if latest_step(cfg.run_dir) is not None:
+    if latest_step(cfg.run_dir):  # 0: weights that were put there, with which nothing was trained
         model, tokenizer, params = read_config(cfg.run_dir).model, read_tokenizer(Path(cfg.run_dir) / "tokenizer"), None
     else:
         model, params, tokenizer, *_ = open_source(cfg.init)
