@@ -11,6 +11,8 @@ import pytest
 
 import tx_jax as tx
 from tx_jax.config import ModelConfig, RotaryConfig
+from tx_jax.modules.attention import Plan
+from tx_jax.ops.masks import Mask
 
 V, T, L, WINDOW = 11, 14, 2, 3
 QUICK = {"xla_backend_optimization_level": 0}  # halves the time to compile, which is nearly all of the time
@@ -75,6 +77,7 @@ CONFIGS = {
     "t5-encoder": replace(T5, stack="encoder"),
 }
 CAUSAL = [name for name, cfg in CONFIGS.items() if cfg.stack != "encoder"]
+PLAN = Plan(Mask(causal=True))
 ONE_STACK = [name for name, cfg in CONFIGS.items() if cfg.stack != "encoder_decoder"]
 STACKS = {  # of each kind of model: (name, causal, layers)
     "decoder": [("stack", True, L)],
@@ -200,6 +203,27 @@ def test_untied_logits_are_not_rounded():
     model = tx.build(cfg)
     got, _ = model.apply({"params": tx.init_params(model, jax.random.key(0))}, jnp.asarray(draw_tokens(1)))
     assert (got != got.astype("bfloat16")).any()
+
+
+def test_each_block_drops_on_its_own():
+    """Blocks are traced once for all; their masks are still their own. Here each sub-layer adds 1, or drops it."""
+    cfg = tx.ModelConfig(vocab_size=V, d_model=32, n_heads=2, n_layers=2, biases="all", dropout_rate=0.5)
+    model = tx.build(cfg)
+    shapes = jax.eval_shape(lambda: tx.init_params(model, jax.random.key(0)))
+
+    def draw(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return jnp.full(leaf.shape, float(name.endswith(("attention/out/bias", "mlp/down/bias"))))
+
+    params = jax.tree_util.tree_map_with_path(draw, shapes)
+
+    def residual(model, x):
+        for block in model.stack.blocks:
+            x, _ = block(x, PLAN, deterministic=False)
+        return x
+
+    x = model.apply({"params": params}, jnp.zeros((1, T, 32)), method=residual, rngs={"dropout": jax.random.key(0)})
+    assert set(np.unique(x)) == {0.0, 2.0, 4.0, 6.0, 8.0}  # equal masks would give 0, 4 and 8
 
 
 def test_learned_positions_end():

@@ -119,7 +119,7 @@ def launch(name):
     before = flat(state.frozen)
     launcher = LAUNCHERS[name](step, state)
     state, losses = launcher.put_state(state), []
-    for _ in range(8):
+    for _ in range(12):
         state, metrics = launcher.step(state, launcher.put_batch(BATCH))
         losses.append(float(metrics.loss))
     return losses, before, launcher.host_state(state)
