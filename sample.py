@@ -220,19 +220,20 @@ def converse(writer: Writer, system: str | None) -> None:
                 return
             yield token
 
-    while line := ask():
+    for line in messages_typed():
         said.append(line)
         said.append(show(writer, "", answer(encode_chat(tokenizer, messages(system, *said)))))
 
 
-def ask() -> str:
-    """The next line that is not empty; nothing at the end."""
-    print("> " * sys.stdin.isatty(), end="", file=sys.stderr, flush=True)
-    for line in sys.stdin:
-        if line.strip():
-            return line.strip()
+def messages_typed() -> Iterator[str]:
+    """The lines of standard input that are not empty."""
+    while True:
         print("> " * sys.stdin.isatty(), end="", file=sys.stderr, flush=True)
-    return ""
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()
 
 
 def say(what: str, n_tokens: int, seconds: float) -> None:

@@ -1,6 +1,7 @@
 """Chats: the text that a template makes of messages, and its ids, in which no message can forge a special token.
 
-A template comes with a model from the internet: it runs in Jinja's sandbox, with bounds on its time and its output.
+A template comes with a model from the internet: it runs in Jinja's sandbox, which it cannot leave, with bounds on its
+loops and its output. Memory is not bounded: one that pads or replaces text on purpose can still take much of it.
 """
 
 import itertools
@@ -79,7 +80,7 @@ def _checked(messages: Messages) -> list[dict[str, str]]:
 def _environment() -> Any:
     """Jinja as the templates of public models expect it. Source: transformers, utils/chat_template_utils.py.
 
-    The bounds stop loops without end and huge products; a template may still fill memory by doubling a text.
+    The bounds stop loops without end and huge products.
     """
     jinja2 = package("jinja2", "hf")
     rounds = iter(range(MAX_ROUNDS))
