@@ -18,7 +18,7 @@ import tyro
 from jaxtyping import PRNGKeyArray
 
 import tx_jax as tx
-from tx_jax.checkpoint import read_config
+from tx_jax.checkpoint import latest_step, read_config
 from tx_jax.command_line import keep_compiled, one_line_errors, parse
 from tx_jax.convert.sources import find_source, is_run, open_source
 from tx_jax.data.chat import encode_chat
@@ -36,11 +36,11 @@ class Args:
     # a run directory of train.py, a Hugging Face directory, a GGUF file, smollm2, or hf://ORG/NAME
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     prompt: str | None = None  # text; @FILE reads a file, - reads standard input; None: the run's sample_prompt
-    raw: bool = False  # go on from the prompt as it is; otherwise a model with a chat template answers it
+    raw: bool = False  # go on from the prompt; otherwise a public model with a chat template answers it
     system: str | None = None  # what a chat begins with
     interactive: bool = False  # a conversation: a message a line
     max_new_tokens: int | None = None  # None: 500, or what the context leaves
-    temperature: float = 0.8  # 0: always the likeliest token
+    temperature: float | None = None  # 0: always the likeliest token; None: 0.8, in a chat 0.2 with top_p 0.9
     top_k: int | None = None  # keep the k likeliest tokens
     top_p: float | None = None  # keep the likeliest tokens that together reach p
     min_p: float | None = None  # keep tokens at least p times as likely as the likeliest
@@ -54,7 +54,7 @@ class Args:
         require(n >= 1, f"num_samples={n} must be at least 1; leave it out for one")
         streams = "--interactive" * self.interactive or "--stream" * self.stream
         require(n == 1 or not streams, f"num_samples={n} cannot be streamed; leave out {streams}, or ask for one")
-        require(heat >= 0, f"temperature={heat} must not be negative; 0 is greedy")
+        require(heat is None or heat >= 0, f"temperature={heat} must not be negative; 0 is greedy")
         require(0 <= self.seed < 2**32, f"seed={self.seed} must be from 0 to 2³² − 1")
         require(
             not (self.interactive and self.prompt), "--interactive reads what you type, not --prompt; leave one out"
@@ -78,11 +78,15 @@ class Writer(NamedTuple):
         return min(500, room) if self.new is None else self.new
 
 
+DEFAULTS = {False: (0.8, None), True: (0.2, 0.9)}  # temperature, top_p; of a chat: SmolLM2's model card
+
+
 @one_line_errors()
 def main(argv: list[str]) -> None:
     """Load, generate, print."""
     args = parse(Args, argv, prog="sample.py")
     keep_compiled()
+    said = None if args.prompt is None else read_prompt(args.prompt)
     path, fast = find_source(args.model), "float32" if jax.default_backend() == "cpu" else "bfloat16"
     run = is_run(path)
     source = open_source(str(path), dtype=None if run else fast, step=args.step)
@@ -95,20 +99,23 @@ def main(argv: list[str]) -> None:
         raise InputError(f"model={args.model!r} has no tokenizer; put its tokenizer.json beside the weights")
     ends = source.special_ids.get("eos_token_id", [])
     ends = {*(ends if isinstance(ends, list) else [ends]), *getattr(tokenizer, "eos_ids", ())}
-    sampler = tx.Sampler(args.temperature or None, args.top_k, args.top_p, args.min_p)
+    chats = isinstance(tokenizer, Subwords) and tokenizer.chat_template is not None and not args.raw
+    if run and latest_step(path) and not (args.interactive or args.system):
+        chats = False  # it was trained to go on from running text
+    for flag in ("interactive", "system"):
+        require(chats or not getattr(args, flag), f"--{flag} is for a model with a chat template, without --raw")
+    heat, top_p = (args.temperature, args.top_p) if args.temperature is not None else DEFAULTS[chats]
+    sampler = tx.Sampler(heat or None, args.top_k, top_p if args.top_p is None else args.top_p, args.min_p)
     writer = Writer(
         model, source.params, tokenizer, tuple(sorted(ends)), args.max_new_tokens, sampler, jax.random.key(args.seed)
     )  # fmt: skip
-    chats = isinstance(tokenizer, Subwords) and tokenizer.chat_template is not None and not args.raw
-    for flag in ("interactive", "system"):
-        require(chats or not getattr(args, flag), f"--{flag} is for a model with a chat template, without --raw")
     if args.interactive:
         converse(writer, args.system)
         return
     own = read_config(path).train.sample_prompt if run else None  # of training: a text to go on from, no message
     chats = chats and args.prompt is not None
     require(args.prompt is not None or own is not None, f"{args.model} has no prompt of its own; give --prompt TEXT")
-    given = cast(str, own) if args.prompt is None else read_prompt(args.prompt)
+    given = cast(str, own) if said is None else said
     if chats:
         ids, echo = encode_chat(cast(Subwords, tokenizer), messages(args.system, given)), ""
     else:
@@ -198,7 +205,7 @@ def show(writer: Writer, echo: str, tokens: Iterable[int]) -> str:
         pieces.append(piece)
     print(flush=True)
     n = len(times) - 1
-    say(f"first token after {times[min(1, n)] - times[0]:.2f} s, with compilation", 0, 0)
+    say(f"first token after {times[min(1, n)] - times[0]:.2f} s", 0, 0)
     say(f"decode {n} tokens", n - 2, times[-1] - times[min(2, n)])
     return "".join(pieces)
 

@@ -58,7 +58,7 @@ def same(found, wanted):
         ({}, "has architectures=None, model_type=None; those read are"),
         (LLAMA | {"architectures": 7}, "architectures=7"),
         (LLAMA | {"architectures": [["LlamaForCausalLM"]]}, "has architectures=.*; those read are"),
-        (LLAMA | {"new_option": 3, "other": [1]}, r"new_option=3, other=\[1\] is not honoured; remove it if"),
+        (LLAMA | {"new_option": 3, "other": [1]}, r"new_option=3, other=\[1\] has no counterpart here; remove it"),
         (LLAMA | {"quantization_config": {"bits": 4}}, r"quantization_config=\{'bits': 4\} is not honoured"),
         (LLAMA | {"is_encoder_decoder": True}, "is_encoder_decoder=True is not honoured"),
         (LLAMA | {"add_cross_attention": True}, "add_cross_attention=True is not honoured"),

@@ -53,7 +53,8 @@ def main(argv: list[str]) -> None:
     args = parse(Args, argv, prog="python -m tx_jax.convert")
     src, dst = find_source(args.src), Path(args.dst).expanduser()
     require(not dst.exists(), f"dst={args.dst!r} is there already; name a new directory")
-    to = args.to or ("run" if src.is_dir() and not is_run(src) else "hugging_face")
+    named = not Path(args.src).expanduser().is_dir()  # by a short name, or hf://
+    to = args.to or ("run" if src.is_dir() and not named and not is_run(src) else "hugging_face")
     fits = to == "hugging_face" or args.dtype in (None, "float32")
     require(fits, f"dtype={args.dtype!r}: a run directory holds float32; leave it out, or write --to hugging_face")
     source = open_source(args.src, dtype="float32" if to == "run" else args.dtype)
@@ -111,7 +112,7 @@ def verify(directory: Path) -> str:
     largest, apart = np.abs(wanted).max(), np.abs(wanted - np.asarray(ours)).max()
     says = f"largest difference to transformers' logits {apart:.2g}, of logits up to {largest:.3g}"
     require(apart <= 1e-3 * max(largest, 1.0), f"{directory}: {says}; please report this model")
-    return says
+    return f"{says}: equal, within 1e-3 of the largest"
 
 
 def _reference(name: str) -> Any:

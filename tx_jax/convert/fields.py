@@ -257,7 +257,7 @@ def read_fields(fields: tuple[Field, ...], values: Values) -> dict[str, Any]:
     known = {key: default for field in reversed(fields) for key, default in field.defaults.items()}
     unknown = sorted(set(values) - set(known) - WITHOUT_EFFECT)
     named = ", ".join(f"{key}={values[key]!r:.40}" for key in unknown[:3])
-    require(not unknown, f"{named:.200} is not honoured; remove it if it changes no logit")
+    require(not unknown, f"{named:.200} has no counterpart here; remove it from the file only if it has no effect")
     n = values.get("num_hidden_layers")
     require(n is None or (type(n) is int and 0 < n <= 10_000), f"num_hidden_layers={n!r:.40} must be from 1 to 10000")
     found: dict[str, Any] = {}
