@@ -2,8 +2,10 @@
 
 import functools
 
-import torch
-import transformers as hf
+import pytest
+
+torch = pytest.importorskip("torch")
+hf = pytest.importorskip("transformers")
 
 V = 37
 SIZES = {
