@@ -166,7 +166,7 @@ def load_tensors(
     def put(path: str, leaf: np.ndarray) -> jax.Array:
         kind = DTYPES[dtype] or (leaf.dtype if leaf.dtype != np.float64 else jnp.float32)
         leaf = leaf if leaf.dtype == kind else leaf.astype(kind)
-        return jax.device_put(leaf, place[path]) if mesh else jnp.asarray(leaf)
+        return jax.block_until_ready(jax.device_put(leaf, place.get(path)))  # or copies of several would be held
 
     return cfg, unpack(tensors, names, expected, cfg.H, put, where)
 
