@@ -139,7 +139,7 @@ def unpack(tensors: Tensors, names: dict[str, str], expected: dict[str, Entry], 
             for parent in parents:
                 node = node.setdefault(parent, {})
             node[last] = put(path, np.ascontiguousarray(leaf))
-        del tensor, leaf  # before the next one is read
+        del tensor  # before the next one is read
     return tree
 
 
