@@ -141,7 +141,7 @@ def reading(path: Path) -> Iterator[BinaryIO]:
 def fill(file: BinaryIO, start: int, array: np.ndarray) -> None:
     """Read into an array the bytes of a file from a byte on."""
     file.seek(start)
-    got = file.readinto(array.reshape(-1).view(np.uint8))  # type: ignore[attr-defined]
+    got = file.readinto(array.reshape(-1).view(np.uint8))  # type: ignore[attr-defined]  # of open files, not BinaryIO
     require(got == array.nbytes, f"it ends {array.nbytes - got} bytes before a tensor does")
 
 
