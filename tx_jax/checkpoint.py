@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, PyTree
-from orbax.checkpoint import v1 as ocp
 
 from tx_jax.config import RunConfig
 from tx_jax.config_json import from_json, to_json
@@ -96,6 +95,8 @@ def saver(run_dir: RunDir, keep: int) -> Iterator[Callable[[int, Any, dict[str, 
     Raises:
         InputError: `save` is given a step that is not after the newest checkpoint.
     """
+    from orbax.checkpoint import v1 as ocp  # here and below, because `import tx_jax` should be quick
+
     pending: ocp.AsyncResponse[None] | None = None
 
     def finish() -> None:
@@ -141,7 +142,7 @@ def restore(run_dir: RunDir, abstract_state: Any, step: int | None = None) -> tu
         InputError: there is no such checkpoint, it cannot be read, or a leaf differs in name, shape or dtype.
     """
     parts = {"params": abstract_state.params, "state": abstract_state._replace(params=())}
-    found, data = _load(_step_dir(run_dir, step), parts)
+    found, data = _load(step_dir(run_dir, step), parts)
     return found["state"]._replace(params=found["params"]), data
 
 
@@ -151,7 +152,7 @@ def restore_params(run_dir: RunDir, abstract_params: PyTree, step: int | None = 
     Raises:
         InputError: as `restore`.
     """
-    return _load(_step_dir(run_dir, step), {"params": abstract_params})[0]["params"]
+    return _load(step_dir(run_dir, step), {"params": abstract_params})[0]["params"]
 
 
 class _Base(NamedTuple):
@@ -182,6 +183,8 @@ def restore_base(run_dir: RunDir, abstract_params: PyTree) -> PyTree[Array]:
 
 
 def _load(path: pathlib.Path, parts: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    from orbax.checkpoint import v1 as ocp
+
     with _one_line(path):
         about = ocp.checkpointables_metadata(str(path))
     saved = {name: about.metadata.get(name) for name in parts}
@@ -225,7 +228,12 @@ def _steps(run_dir: RunDir) -> list[int]:
     return sorted(int(path.name) for path in _home(run_dir).glob("*") if path.name.isdigit())
 
 
-def _step_dir(run_dir: RunDir, step: int | None) -> pathlib.Path:
+def step_dir(run_dir: RunDir, step: int | None) -> pathlib.Path:
+    """Where the checkpoint of a step (None: the newest) lies.
+
+    Raises:
+        InputError: there is no such checkpoint.
+    """
     steps = _steps(run_dir)
     require(steps, f"run_dir='{run_dir}' holds no checkpoint; train with --run-dir {run_dir} first")
     step = steps[-1] if step is None else step

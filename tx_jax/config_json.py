@@ -1,12 +1,14 @@
-"""Configs to JSON text and back, without loss: what `config.json` of a run directory holds."""
+"""Configs as JSON: ours to text and back, without loss, and anyone's from a file."""
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any, TypeVar
 
 from tx_jax.errors import InputError, require
 
 C = TypeVar("C")
+LIMIT = 25_000_000  # bytes of a file; the largest in use list the tokens that a vocabulary adds, in some megabytes
 
 
 def to_json(config: Any) -> str:
@@ -25,6 +27,26 @@ def from_json(kind: type[C], text: str) -> C:
     except json.JSONDecodeError as error:
         raise InputError(f"not JSON ({error}); a config is written by tx_jax.config_json.to_json") from error
     return _from_dict(kind, values)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, whoever wrote it.
+
+    Raises:
+        InputError: it cannot be read, is larger than LIMIT, or holds no JSON object.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(LIMIT + 1)
+    except OSError as error:
+        raise InputError(f"cannot read {path} ({error.strerror}); give a directory in Hugging Face's layout") from error
+    require(len(content) <= LIMIT, f"{path} has more than {LIMIT:,} bytes, as no config has; fetch it again")
+    try:
+        values = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON ({error!s:.80}); fetch it again") from error
+    require(isinstance(values, dict), f"{path} is not a JSON object; fetch it again")
+    return values
 
 
 def _from_dict(kind: type[C], values: Any) -> C:

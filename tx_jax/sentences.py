@@ -43,10 +43,10 @@ def encode_text(
     require(not isinstance(texts, str), f"texts={texts!r:.40} is one text; wrap it as [text]")
     require(len(texts), "texts=[]: give at least one text")
     require(batch_size >= 1, f"batch_size={batch_size} must be at least 1")
-    frame, longest = tokenizer.encode("", begin=True), model.cfg.max_len
+    frame, longest = tokenizer.encode("", add_special_tokens=True), model.cfg.max_len
     rule = f"max_len={max_len} must be from {len(frame) + 1}, room for a token, to {longest}, the model's max_len"
     require(len(frame) < max_len <= longest, rule)
-    rows = [_cut(tokenizer.encode(text, begin=True), frame, max_len) for text in texts]
+    rows = [_cut(tokenizer.encode(text, add_special_tokens=True), frame, max_len) for text in texts]
     order = np.argsort([len(row) for row in rows], kind="stable")  # so that those of one batch are of like length
     vectors = np.empty((len(rows), model.cfg.d_model), np.float32)
     for start in range(0, len(rows), batch_size):

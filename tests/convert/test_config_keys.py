@@ -101,7 +101,7 @@ def test_what_is_passed_over_changes_no_logit_and_the_rest_is_honoured_or_refuse
 
 def test_repeated_tensors_must_be_equal(tmp_path):
     from tx_jax.convert.files import open_safetensors, save_safetensors
-    from tx_jax.convert.pretrained import load_pretrained
+    from tx_jax.convert.sources import load_pretrained
 
     twins = {"t5": "encoder.embed_tokens.weight", "bert-mlm": "cls.predictions.decoder.bias"}
     tables = {"t5": "shared.weight", "bert-mlm": "cls.predictions.bias"}

@@ -17,7 +17,8 @@ import transformers as hf  # noqa: E402
 
 import tx_jax as tx  # noqa: E402
 from tx_jax.convert.files import open_safetensors  # noqa: E402
-from tx_jax.convert.pretrained import load_pretrained, read_family, resolved, save_pretrained  # noqa: E402
+from tx_jax.convert.pretrained import read_family, resolved, save_pretrained  # noqa: E402
+from tx_jax.convert.sources import load_pretrained  # noqa: E402
 
 T, LENGTHS = 11, (11, 7)
 TOKENS = np.random.default_rng(0).integers(3, public.V, (2, T)).astype(np.int32)

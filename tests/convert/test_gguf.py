@@ -155,7 +155,6 @@ def test_metadata(tmp_path):
         "u32": (2**32 - 1, kinds.UINT32), "i64": (-(2**63), kinds.INT64), "u64": (2**64 - 1, kinds.UINT64),
         "f32": (0.5, kinds.FLOAT32), "f64": (0.1, kinds.FLOAT64), "words": (["a", "", "ü"], *of),
         "numbers": ([1, -2], *of), "floats": ([0.5], *of), "flags": ([True, False], *of),
-        "nested": ([[1, 2], [3]], *of),
     }  # fmt: skip
     metadata, tensors = open_gguf(written(tmp_path / "a.gguf", {}, **fields))
     wanted = {key: value[0] for key, value in fields.items()} | {"general.architecture": "llama"}

@@ -92,6 +92,9 @@ def an_array(kind, count, body=b""):
     return raw_gguf([pair("a", 9, struct.pack("<IQ", kind, count) + body)])
 
 
+AN_ARRAY_OF_EACH = [pair(str(i), 9, struct.pack("<IQ", 2, 10**6) + bytes(2 * 10**6)) for i in range(10)]
+
+
 def aligned(kind, value):
     return raw_gguf([pair("general.alignment", kind, value)])
 
@@ -110,10 +113,12 @@ GGUF = {
     "string that is cut": (raw_gguf([pair("a", 8, struct.pack("<Q", 999))]), CUT),
     "strings in an array": (an_array(8, 2, struct.pack("<Q", HUGE) + bytes(9)), CUT),
     "no UTF-8": (raw_gguf([pair(b"\xff", 7, b"\1")]), "'utf-8' codec can't decode byte 0xff"),
-    "array of 2^60": (an_array(4, 2**60), CUT),
-    "array of 2^60 arrays": (an_array(9, 2**60), CUT),
-    "array of 2^64-1 strings": (an_array(8, 2**64 - 1), CUT),
-    "10^5 arrays deep": (an_array(9, 1, struct.pack("<IQ", 9, 1) * 10**5), "arrays in arrays, more than 8 deep"),
+    "array that is cut": (an_array(4, 999), CUT),
+    "array of 2^60": (an_array(4, 2**60), "its metadata has more than 2097152 values"),
+    "array of 2^64-1 strings": (an_array(8, 2**64 - 1), "its metadata has more than 2097152 values"),
+    "10^7 numbers": (raw_gguf(AN_ARRAY_OF_EACH), "its metadata has more than 2097152 values"),
+    "10^5 arrays deep": (an_array(9, 1, struct.pack("<IQ", 9, 1) * 10**5), "the key 'a' is an array of arrays, which"),
+    "array of 10^6 arrays": (an_array(9, 10**6, bytes(12 * 10**6)), "the key 'a' is an array of arrays, which"),
     "unknown value": (raw_gguf([pair("a", 13, bytes(9))]), "a value of the unknown type 13"),
     "unknown values in an array": (an_array(99, 0), "a value of the unknown type 99"),
     "bool": (raw_gguf([pair("a", 7, b"\2")]), "a bool that is neither 0 nor 1"),

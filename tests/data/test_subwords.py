@@ -25,7 +25,7 @@ def test_ids_are_those_of_the_tokenizers_library(name, begin, kinds, texts):
     oracle.no_padding()
     for text in texts:
         expected = oracle.encode(text, add_special_tokens=begin).ids
-        ids = kinds[name].encode(text, special=True, begin=begin)
+        ids = kinds[name].encode(text, special=True, add_special_tokens=begin)
         assert ids.dtype == np.int32
         assert ids.tolist() == expected
 
@@ -133,7 +133,7 @@ def test_special_tokens_are_text_unless_asked_for(name, kinds):
 )
 def test_begin_puts_around_a_text_what_the_model_does(name, before, after, kinds):
     plain = kinds[name].encode("a a").tolist()
-    assert kinds[name].encode("a a", begin=True).tolist() == [*before, *plain, *after]
+    assert kinds[name].encode("a a", add_special_tokens=True).tolist() == [*before, *plain, *after]
 
 
 def test_training_is_deterministic_and_has_the_256_bytes(kinds, texts):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tx_jax.data.tokenizers import TOKENIZERS, ByteTokenizer, CharTokenizer, load_tokenizer
+from tx_jax.data.tokenizers import TOKENIZERS, ByteTokenizer, CharTokenizer, load_saved
 from tx_jax.errors import InputError
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
@@ -58,7 +58,7 @@ def test_load_gives_what_was_saved_and_leaves_one_file(kind, tmp_path):
     tokenizer = TOKENIZERS[kind].train("héllo\n\ud800")
     TOKENIZERS["char"].train("old").save(tmp_path / "run")
     tokenizer.save(tmp_path / "run")
-    loaded = load_tokenizer(tmp_path / "run")
+    loaded = load_saved(tmp_path / "run")
     assert loaded == tokenizer
     assert hash(loaded) == hash(tokenizer)
     assert loaded != CharTokenizer("x")
@@ -70,7 +70,7 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     monkeypatch.setattr(json, "dumps", lambda fields: "\ud800")  # cannot be written as UTF-8
     with pytest.raises(UnicodeEncodeError):
         CharTokenizer("b").save(tmp_path)
-    assert load_tokenizer(tmp_path) == CharTokenizer("a")
+    assert load_saved(tmp_path) == CharTokenizer("a")
 
 
 def test_refused_text():
@@ -105,11 +105,11 @@ def test_refused_ids(tokenizer):
 def test_a_file_that_is_no_tokenizer_is_refused(content, tmp_path):
     (tmp_path / "tokenizer.json").write_bytes(content)
     with pytest.raises(InputError, match=r"tokenizer.json is not a tokenizer \(.*\); give the run directory") as error:
-        load_tokenizer(tmp_path)
+        load_saved(tmp_path)
     assert str(tmp_path) in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"^cannot read .*tokenizer.json \(No such file .*\); give the run directory"):
-        load_tokenizer(tmp_path / "nowhere")
+        load_saved(tmp_path / "nowhere")

@@ -69,7 +69,7 @@ def test_a_gguf_of_bytes_gives_back_every_text(pre, kinds, texts):
     assert tokenizer.special_tokens == {"<|end|>": end}
     assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.chat_template) == (end, (end,), None)
     assert tokenizer.encode("a<user>").tolist()[-1] == end + 1
-    assert (tokenizer.encode("a", begin=True)[0] == end) == (pre == "llama-bpe")
+    assert (tokenizer.encode("a", add_special_tokens=True)[0] == end) == (pre == "llama-bpe")
 
 
 def test_a_gguf_of_gpt2s_kind_has_the_ids_of_the_vocabulary(kinds, texts):
@@ -77,18 +77,18 @@ def test_a_gguf_of_gpt2s_kind_has_the_ids_of_the_vocabulary(kinds, texts):
     assert tokenizer.chat_template == "{{ 1 }}"
     for text in texts:
         assert tokenizer.encode(text).tolist() == kinds["trained"].encode(text).tolist()
-    assert tokenizer.encode("a", begin=True).tolist() == [tokenizer.bos_id, *tokenizer.encode("a")]
+    assert tokenizer.encode("a", add_special_tokens=True).tolist() == [tokenizer.bos_id, *tokenizer.encode("a")]
 
 
 def test_a_gguf_of_sentencepiece_has_the_ids_of_the_model(kinds, texts):
     tokenizer, model = from_gguf(gguf_of_sentencepiece(kinds)), kinds["sentencepiece_bpe"]
     assert tokenizer.special_tokens == model.special_tokens
     for text in texts:
-        ids = tokenizer.encode(text, begin=True, special=True).tolist()
-        assert ids == model.encode(text, begin=True, special=True).tolist()
+        ids = tokenizer.encode(text, add_special_tokens=True, special=True).tolist()
+        assert ids == model.encode(text, add_special_tokens=True, special=True).tolist()
         assert tokenizer.decode(ids) == model.decode(ids)
     bare = from_gguf(gguf_of_sentencepiece(kinds, **{"ggml.add_space_prefix": False, "ggml.add_bos_token": False}))
-    assert bare.token(int(bare.encode("The", begin=True)[0]))[0] == "T"
+    assert bare.token(int(bare.encode("The", add_special_tokens=True)[0]))[0] == "T"
 
 
 @pytest.mark.parametrize(

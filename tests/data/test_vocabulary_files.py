@@ -46,7 +46,7 @@ def test_transformers_reads_what_was_saved(name, kinds, texts, tmp_path):
     oracle = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert (oracle.bos_token_id, oracle.eos_token_id) == (kinds[name].bos_id, next(iter(kinds[name].eos_ids), None))
     for text in texts[:300]:
-        assert kinds[name].encode(text, special=True, begin=True).tolist() == oracle(text)["input_ids"]
+        assert kinds[name].encode(text, special=True, add_special_tokens=True).tolist() == oracle(text)["input_ids"]
 
 
 def test_our_own_kinds_are_read(tmp_path):

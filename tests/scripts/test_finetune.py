@@ -10,8 +10,8 @@ import pytest
 
 import tx_jax as tx
 from tx_jax.checkpoint import read_config, restore_base, restore_params
-from tx_jax.convert.pretrained import load_pretrained, save_pretrained
-from tx_jax.convert.sources import find_source, open_source, open_tokenizer
+from tx_jax.convert.pretrained import save_pretrained
+from tx_jax.convert.sources import find_source, load_pretrained, load_tokenizer
 from tx_jax.data.subwords import SubwordTokenizer
 
 END = "<|endoftext|>"
@@ -79,9 +79,9 @@ def test_a_run_is_whole_without_what_it_began_with(tuned, public, book, name):
     assert run.model == dataclasses.replace(load_pretrained(public).cfg, dropout_rate=0.3)
     assert run.init == str(public)
     assert np.mean(losses(tuned / name)[-3:]) < losses(tuned / name)[0] - 0.03
-    source, tokenizer = open_source(str(tuned / name)), open_tokenizer(str(public))
-    assert source.tokenizer == open_tokenizer(str(tuned / name)) == tokenizer
-    assert (source.cfg, source.special_ids) == (run.model, {"eos_token_id": list(tokenizer.eos_ids)})
+    source, tokenizer = load_pretrained(tuned / name), load_tokenizer(public)
+    assert load_tokenizer(tuned / name) == tokenizer
+    assert (source.cfg, source.special_ids, source.architecture) == (run.model, {}, None)
     assert tokenizer.eos_ids[0] not in tokenizer.encode(book.read_text())
     assert (tuned / name / "samples.txt").read_text().startswith("=== step 20\n\n")
 
@@ -96,7 +96,7 @@ def test_going_on_needs_the_run_directory_alone_and_is_bit_exact(tuned, train, c
         train([str(tuned / name / "config.json"), "--run-dir", str(again)])
     finally:
         hidden.rename(public)
-    assert_same(open_source(str(again)).params, open_source(str(tuned / name)).params)
+    assert_same(load_pretrained(again).params, load_pretrained(tuned / name).params)
 
 
 def test_adapters_beside_the_base_are_the_merged_model(tuned, public, tmp_path):
@@ -105,15 +105,18 @@ def test_adapters_beside_the_base_are_the_merged_model(tuned, public, tmp_path):
     lora = restore_params(run, tx.init_lora(base, jax.random.key(0), 2, "kernel$"))
     assert sum(x.size for x in jax.tree.leaves(lora)) == 2 * (2 * (16 + 16) + 2 * (16 + 8) + 3 * (16 + 24))
     merged = tx.merge_lora(base, lora, 6.0)
-    assert_same(open_source(str(run)).params, merged)
+    assert_same(load_pretrained(run).params, merged)
     a, b = (np.asarray(part) for part in lora["stack"]["blocks_0"]["mlp"]["down"]["kernel"])
     kernel, after = (tree["stack"]["blocks_0"]["mlp"]["down"]["kernel"] for tree in (base, merged))
     np.testing.assert_allclose(after, kernel + 3 * b @ a, rtol=1e-5, atol=1e-6)
     assert not np.allclose(after, kernel)
     save_pretrained(tmp_path / "export", MODEL, merged)
     assert_same(load_pretrained(tmp_path / "export").params, merged)
-    half = open_source(str(run), dtype="bfloat16", mesh=tx.make_mesh(), step=20).params
+    mesh = tx.make_mesh(tx.MeshConfig(fsdp=4, tensor=2))
+    half = load_pretrained(run, dtype="bfloat16", mesh=mesh, step=20).params
     assert {leaf.dtype.name for leaf in jax.tree.leaves(half)} == {"bfloat16"}
+    assert half["stack"]["blocks_0"]["mlp"]["down"]["kernel"].sharding.shard_shape((16, 24)) == (4, 12)
+    assert_same(half, jax.tree.map(lambda leaf: leaf.astype("bfloat16"), merged))
 
 
 REFUSED = {  # flags after those of the run: what the message says
@@ -124,7 +127,7 @@ REFUSED = {  # flags after those of the run: what the message says
     "--run-dir {new} --data.seq-len 49": "data.seq_len=49 exceeds the 48 tokens of {public}; shorten it",
     "--run-dir {new} --lora.rank 2 --lora.targets c_attn": "targets='c_attn' matches no parameter; there are stack/",
     "--run-dir {new} --init nothing": "model 'nothing' does not exist; give a name (smollm2, minilm), a directory in",
-    "--run-dir {new} --init {mute}": "init='{mute}' holds no tokenizer, without which its weights say nothing",
+    "--run-dir {new} --init {mute}": "{mute} holds no tokenizer; put its tokenizer.json there, or give another model",
     "--run-dir {new} --init {short}": "init='{short}' has a tokenizer of 265 ids for 50 vectors; they are of two",
 }  # fmt: skip
 
@@ -136,7 +139,7 @@ def test_refused(train, tuned, public, command, tmp_path, capsys, flags):
     for name, size in {"mute": 272, "short": 50}.items():
         cfg = dataclasses.replace(MODEL, vocab_size=size)
         save_pretrained(names[name], cfg, tx.init_params(tx.build(cfg), jax.random.key(1)))
-    open_tokenizer(str(public)).save(names["short"])
+    load_tokenizer(public).save(names["short"])
     with pytest.raises(SystemExit, match="2"):
         train([*command, *flags.format(**names).split()])
     assert REFUSED[flags].format(**names) in capsys.readouterr().err
@@ -145,11 +148,11 @@ def test_refused(train, tuned, public, command, tmp_path, capsys, flags):
 
 def test_sources_that_are_not_there(public, tuned, monkeypatch, tmp_path):
     with pytest.raises(tx.InputError, match=r"is of a run directory of train.py, and .*/public is none"):
-        open_source(str(public), step=3)
+        load_pretrained(public, step=3)
     with pytest.raises(tx.InputError, match="dtype='int8' is not one of float32"):
-        open_source(str(public), dtype="int8")
-    with pytest.raises(tx.InputError, match="holds no tokenizer; give another model"):
-        open_tokenizer(str(tmp_path))
+        load_pretrained(public, dtype="int8")
+    with pytest.raises(tx.InputError, match=r"holds no tokenizer; put its tokenizer.json there, or give"):
+        load_tokenizer(tmp_path)
     hub, asked = pytest.importorskip("huggingface_hub"), []
 
     def snapshot_download(*args, **how):
@@ -171,7 +174,7 @@ def test_a_tokenizer_of_the_text(train, book, tmp_path, capsys):
     small = [*BPE.split(), "--data.path", str(book), "--run-dir", str(run)]
     train(small)
     assert read_config(run).model.vocab_size == 262
-    tokenizer = open_tokenizer(str(run))
+    tokenizer = load_tokenizer(run)
     assert tokenizer == SubwordTokenizer.train(book.read_text(), 262)
     assert tokenizer.decode(tokenizer.encode(f"the né{END}")) == f"the né{END}"
     train(small)

@@ -10,7 +10,8 @@ import pytest
 import tx_jax as tx
 from tx_jax.convert.__main__ import main as convert
 from tx_jax.convert.files import open_safetensors
-from tx_jax.convert.pretrained import load_pretrained, save_pretrained
+from tx_jax.convert.pretrained import save_pretrained
+from tx_jax.convert.sources import load_pretrained
 from tx_jax.data.subwords import SubwordTokenizer
 from tx_jax.data.vocabulary_files import read_tokenizer
 

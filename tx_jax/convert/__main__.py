@@ -18,12 +18,12 @@ import tyro
 from tx_jax import checkpoint
 from tx_jax.command_line import one_line_errors, parse
 from tx_jax.config import DataConfig, RunConfig
-from tx_jax.convert.pretrained import load_pretrained, save_pretrained
-from tx_jax.convert.sources import Source, find_source, is_run, open_source
+from tx_jax.convert.pretrained import Source, find_family, save_pretrained
+from tx_jax.convert.sources import AnyTokenizer, find_source, is_run, load_pretrained, open_source, open_tokenizer
 from tx_jax.data.subwords import Subwords
 from tx_jax.data.vocabularies import to_hugging_face
 from tx_jax.errors import InputError, require
-from tx_jax.models import EncoderDecoder, build
+from tx_jax.models import EncoderDecoder, build, count_params
 
 Layout = Literal["hugging_face", "run"]
 
@@ -57,22 +57,27 @@ def main(argv: list[str]) -> None:
     to = args.to or ("run" if src.is_dir() and not named and not is_run(src) else "hugging_face")
     fits = to == "hugging_face" or args.dtype in (None, "float32")
     require(fits, f"dtype={args.dtype!r}: a run directory holds float32; leave it out, or write --to hugging_face")
-    source = open_source(args.src, dtype="float32" if to == "run" else args.dtype)
-    WRITERS[to](args, source, dst)
-    print(f"{dst}: {sum(leaf.size for leaf in jax.tree.leaves(source.params)):,} parameters, written as {to}")
+    for name in ("transformers", "torch") if args.verify else ():
+        _reference(name)  # refuses before anything is written
+    source = open_source(src)
+    WRITERS[to](args, source, open_tokenizer(src), dst)
+    print(f"{dst}: {count_params(source.cfg):,} parameters, written as {to}")
     if args.verify:
         print(verify(dst if to == "hugging_face" else src))
 
 
-def _to_hugging_face(args: Args, source: Source, dst: Path) -> None:
-    tokenizer, architecture = source.tokenizer, args.architecture or source.architecture
-    save_pretrained(dst, source.cfg, source.params, special_ids=source.special_ids, architecture=architecture)
+def _to_hugging_face(args: Args, source: Source, tokenizer: AnyTokenizer | None, dst: Path) -> None:
+    architecture = args.architecture or source.architecture
+    find_family(source.cfg, architecture)  # refuses before the weights are read
+    own = {"bos_token_id": getattr(tokenizer, "bos_id", None), "eos_token_id": list(getattr(tokenizer, "eos_ids", ()))}
+    ids = {key: value for key, value in own.items() if value not in (None, [])} | source.special_ids
+    save_pretrained(dst, source.cfg, source.load(args.dtype, None), special_ids=ids, architecture=architecture)
     if tokenizer is not None:
         (tokenizer if isinstance(tokenizer, Subwords) else to_hugging_face(tokenizer)).save(dst)
 
 
-def _to_run(args: Args, source: Source, dst: Path) -> None:
-    tokenizer, ends = source.tokenizer, source.special_ids.get("eos_token_id", [])
+def _to_run(args: Args, source: Source, tokenizer: AnyTokenizer | None, dst: Path) -> None:
+    ends = source.special_ids.get("eos_token_id", [])
     data = DataConfig(seq_len=min(DataConfig().seq_len, source.cfg.max_len))
     checkpoint.claim_run_dir(dst, RunConfig(run_dir=str(dst), init=args.src, model=source.cfg, data=data))
     if isinstance(tokenizer, Subwords):  # a run keeps no other record of what ends a text
@@ -81,7 +86,7 @@ def _to_run(args: Args, source: Source, dst: Path) -> None:
     if tokenizer is not None:
         tokenizer.save(dst / "tokenizer")
     with checkpoint.saver(dst, keep=1) as save:
-        save(0, Weights(source.params), {})
+        save(0, Weights(source.load("float32", None)), {})
 
 
 WRITERS = {"hugging_face": _to_hugging_face, "run": _to_run}
@@ -95,6 +100,7 @@ def verify(directory: Path) -> str:
     """
     hf, torch = _reference("transformers"), _reference("torch")
     cfg, params, special, architecture = load_pretrained(directory)
+    architecture = str(architecture)
     model: Any = build(cfg)
     usual = np.setdiff1d(np.arange(cfg.vocab_size or 1), [special.get("pad_token_id", -1)])  # RoBERTa skips padding
     tokens = np.random.default_rng(0).choice(usual, size=(2, min(16, cfg.max_len)))

@@ -22,8 +22,8 @@ from tx_jax.errors import InputError, require
 # The value types of the metadata, and the fewest bytes that a value of each takes.
 NUMBERS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 10: "<u8", 11: "<i8", 12: "<f8"}
 BOOL, STRING, ARRAY = 7, 8, 9
-FEWEST_BYTES = {kind: np.dtype(number).itemsize for kind, number in NUMBERS.items()} | {BOOL: 1, STRING: 8, ARRAY: 12}
-MAX_DEPTH = 8  # of arrays in arrays; files in use have one level
+FEWEST_BYTES = {kind: np.dtype(number).itemsize for kind, number in NUMBERS.items()} | {BOOL: 1, STRING: 8}
+MAX_VALUES = 2**21  # in all arrays together; Gemma 3's vocabulary has 1.3 million
 
 NATIVE = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
 QUANTISED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
@@ -100,11 +100,19 @@ def _header(head: bytes) -> tuple[dict[str, Any], dict[str, tuple[Any, ...]], in
     counts = f"it has {n_tensors} tensors and {n_pairs} keys, more than {MAX_TENSORS}"
     require(max(n_tensors, n_pairs) <= MAX_TENSORS, counts)
     metadata: dict[str, Any] = {}
+    n_values = 0
     for _ in range(n_pairs):
         (key,), at = _values(head, at, STRING, 1)
         require(key not in metadata, f"the key {brief(key)} is given twice in it")
         (kind,) = struct.unpack_from("<I", head, at)
-        (metadata[key],), at = _values(head, at + 4, kind, 1)
+        if kind != ARRAY:
+            (metadata[key],), at = _values(head, at + 4, kind, 1)
+            continue
+        kind, count = struct.unpack_from("<IQ", head, at + 4)
+        require(kind != ARRAY, f"the key {brief(key)} is an array of arrays, which is not read")  # nor by llama.cpp
+        n_values += count
+        require(n_values <= MAX_VALUES, f"its metadata has more than {MAX_VALUES} values")
+        metadata[key], at = _values(head, at + 16, kind, count)
     infos: dict[str, tuple[Any, ...]] = {}
     for _ in range(n_tensors):
         (name,), at = _values(head, at, STRING, 1)
@@ -117,14 +125,12 @@ def _header(head: bytes) -> tuple[dict[str, Any], dict[str, tuple[Any, ...]], in
     return metadata, infos, at
 
 
-def _values(head: bytes, at: int, kind: int, count: int, depth: int = 0) -> tuple[list[Any], int]:
+def _values(head: bytes, at: int, kind: int, count: int) -> tuple[list[Any], int]:
     """`count` values of a kind from byte `at` on, and the byte after them."""
     require(kind in FEWEST_BYTES, f"its metadata has a value of the unknown type {kind}")
     _suffices(head, at, count * FEWEST_BYTES[kind])
     if kind == STRING:
         return _strings(head, at, count)
-    if kind == ARRAY:
-        return _arrays(head, at, count, depth + 1)
     values = np.frombuffer(head, NUMBERS.get(kind, "<u1"), count, at)
     require(kind != BOOL or not (values > 1).any(), "its metadata has a bool that is neither 0 nor 1")
     return (values == 1 if kind == BOOL else values).tolist(), at + values.nbytes
@@ -140,16 +146,6 @@ def _strings(head: bytes, at: int, count: int) -> tuple[list[Any], int]:
             raise struct.error(f"a string ends at byte {end} of {len(head)}")
         values.append(str(head[at + 8 : end], "utf-8"))
         at = end
-    return values, at
-
-
-def _arrays(head: bytes, at: int, count: int, depth: int) -> tuple[list[Any], int]:
-    require(depth <= MAX_DEPTH, f"its metadata has arrays in arrays, more than {MAX_DEPTH} deep")
-    values = []
-    for _ in range(count):
-        kind, length = struct.unpack_from("<IQ", head, at)
-        value, at = _values(head, at + 12, kind, length, depth)
-        values.append(value)
     return values, at
 
 

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,12 +18,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tx_jax.config import ModelConfig, RotaryConfig
+from tx_jax.config_json import read_object
 from tx_jax.convert.decoders import DECODERS
 from tx_jax.convert.encoders import ENCODERS, TRANSLATORS
 from tx_jax.convert.family import Family
 from tx_jax.convert.fields import read_model_config
 from tx_jax.convert.files import INDEX, WEIGHTS, Tensors, open_safetensors, save_safetensors
-from tx_jax.convert.gguf import is_gguf, open_gguf
+from tx_jax.convert.gguf import open_gguf
 from tx_jax.convert.gguf_models import ROPE_FREQS, gguf_values, with_rope_freqs
 from tx_jax.convert.mapping import check_names, entries, leaf_shapes, match_names, pack, unpack
 from tx_jax.errors import InputError, require
@@ -38,52 +39,43 @@ GGUF_IDS = {"bos_token_id": ("bos",), "eos_token_id": ("eos", "eot", "eom"), "pa
 DTYPES = {None: None, "float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 
-class Pretrained(NamedTuple):
-    """A public model."""
+class Source(NamedTuple):
+    """A model whose weights are not in memory yet."""
 
     cfg: ModelConfig
-    params: dict
     special_ids: dict[str, Any]  # bos_token_id, eos_token_id, …: those of SPECIAL_IDS that the files give
-    architecture: str  # of transformers
+    architecture: str | None  # of transformers; None: of a run of train.py
+    load: Callable[[str | None, Mesh | None], dict]  # (dtype, mesh) → the parameters
 
 
-def load_pretrained(
-    path: str | os.PathLike[str], *, dtype: str | None = "float32", mesh: Mesh | None = None
-) -> Pretrained:
-    """The model in a Hugging Face directory with safetensors, or in a GGUF file, tensor by tensor.
-
-    Args:
-        dtype: of the parameters: float32, bfloat16, float16; None: as they are stored.
-        mesh: place each parameter by its sharding on this mesh; None: the first device.
+def open_directory(root: Path) -> Source:
+    """The model in a Hugging Face directory with safetensors.
 
     Raises:
         InputError: there is no such model, its architecture or an option of its config is not honoured, or its tensors
             are not those of its config.
     """
-    require(dtype in DTYPES, f"dtype={dtype!r} is not one of float32, bfloat16, float16, or None, as stored")
-    root = Path(path).expanduser()
-    if is_gguf(root):
-        return _load_gguf(root, dtype, mesh)
-    values = read_json(root / "config.json")
+    values = read_object(root / "config.json")
     family, cfg = read_family(values, str(root / "config.json"))
     generation = root / "generation_config.json"
-    ids = values | (read_json(generation) if generation.exists() else {})
+    ids = values | (read_object(generation) if generation.exists() else {})
     special = {key: _special(key, ids[key]) for key in SPECIAL_IDS if ids.get(key) is not None}
-    cfg, params = load_tensors(family, cfg, open_safetensors(root), str(root), dtype, mesh)
-    return Pretrained(cfg, params, special, family.architecture)
+    cfg, load = _open_tensors(family, cfg, open_safetensors(root), str(root))
+    return Source(cfg, special, family.architecture, load)
 
 
-def _load_gguf(path: Path, dtype: str | None, mesh: Mesh | None) -> Pretrained:
+def open_gguf_model(path: Path) -> Source:
+    """The model in a GGUF file. Raises as `open_directory` does."""
     metadata, tensors = open_gguf(path)
     family, values = gguf_values(metadata)
     cfg = read_model_config(family.base, family.fields, values, str(path))
     for _, divisors in tensors.read({ROPE_FREQS}):
         cfg = with_rope_freqs(cfg, divisors)
-    cfg, params = load_tensors(family, cfg, tensors, str(path), dtype, mesh)
+    cfg, load = _open_tensors(family, cfg, tensors, str(path))
     said = {key: [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in names] for key, names in GGUF_IDS.items()}
     ids = {key: sorted({i for i in found if i is not None}) for key, found in said.items()}
     special = {key: found[0] if len(found) == 1 else found for key, found in ids.items() if found}
-    return Pretrained(cfg, params, special, family.architecture)
+    return Source(cfg, special, family.architecture, load)
 
 
 def _special(key: str, value: Any) -> Any:
@@ -91,26 +83,6 @@ def _special(key: str, value: Any) -> Any:
     ids = value if isinstance(value, list) else [value]
     require(all(type(i) is int and i >= 0 for i in ids), f"{key}={value!r:.80} must be an id, or a list of ids")
     return value
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        InputError: it cannot be read, is over a megabyte, or holds no JSON object.
-    """
-    try:
-        with path.open("rb") as file:
-            content = file.read(1_000_001)
-    except OSError as error:
-        raise InputError(f"cannot read {path} ({error.strerror}); give a directory in Hugging Face's layout") from error
-    require(len(content) <= 1_000_000, f"{path} has more than 1,000,000 bytes, as no config has; fetch it again")
-    try:
-        values = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON ({error!s:.80}); fetch it again") from error
-    require(isinstance(values, dict), f"{path} is not a JSON object; fetch it again")
-    return values
 
 
 def read_family(values: Mapping[str, Any], where: str) -> tuple[Family, ModelConfig]:
@@ -133,10 +105,10 @@ def read_family(values: Mapping[str, Any], where: str) -> tuple[Family, ModelCon
     raise error
 
 
-def load_tensors(
-    family: Family, cfg: ModelConfig, tensors: Tensors, where: str, dtype: str | None, mesh: Mesh | None
-) -> tuple[ModelConfig, dict]:
-    """The parameter tree, and the config as the tensors have it: with a head of its own if theirs is not the table.
+def _open_tensors(
+    family: Family, cfg: ModelConfig, tensors: Tensors, where: str
+) -> tuple[ModelConfig, Callable[[str | None, Mesh | None], dict]]:
+    """The config as the tensors have it, with a head of its own if theirs is not the table; and what loads them.
 
     Raises:
         InputError: the tensors are not those of the config.
@@ -161,14 +133,19 @@ def load_tensors(
     expected = entries(family.table, shapes)
     names = match_names(tensors.shapes, expected, unused, family.prefix, family.outer)
     check_names({ours: tensors.shapes[name] for name, ours in names.items()}, expected, unused, where)
-    place = _place(cfg, mesh)
 
-    def put(path: str, leaf: np.ndarray) -> jax.Array:
-        kind = DTYPES[dtype] or (leaf.dtype if leaf.dtype != np.float64 else jnp.float32)
-        leaf = leaf if leaf.dtype == kind else leaf.astype(kind)
-        return jax.block_until_ready(jax.device_put(leaf, place.get(path)))  # or copies of several would be held
+    def load(dtype: str | None, mesh: Mesh | None) -> dict:
+        flat = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()}
+        place = {} if mesh is None else shardings(flat, mesh)
 
-    return cfg, unpack(tensors, names, expected, cfg.H, put, where)
+        def put(path: str, leaf: np.ndarray) -> jax.Array:
+            kind = DTYPES[dtype] or (leaf.dtype if leaf.dtype != np.float64 else jnp.float32)
+            leaf = leaf if leaf.dtype == kind else leaf.astype(kind)
+            return jax.block_until_ready(jax.device_put(leaf, place.get(path)))  # or copies of several would be held
+
+        return unpack(tensors, names, expected, cfg.H, put, where)
+
+    return cfg, load
 
 
 def _equal(tensors: Tensors, name: str, twins: set[str]) -> bool:
@@ -178,13 +155,6 @@ def _equal(tensors: Tensors, name: str, twins: set[str]) -> bool:
         return False
     found = [tensor for _, tensor in tensors.read(there)]
     return len(found) == 2 and np.array_equal(found[0], found[1])
-
-
-def _place(cfg: ModelConfig, mesh: Mesh | None) -> dict[str, Any]:
-    if mesh is None:
-        return {}
-    flat = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in leaf_shapes(cfg).items()}
-    return shardings(flat, mesh)
 
 
 def save_pretrained(

@@ -1,9 +1,10 @@
-"""A model by what a user calls it: a short name, a path, or `hf://org/name`; with its tokenizer.
+"""A model, or its tokenizer, by what a user calls it: a short name, a path, or `hf://org/name`.
 
-What can be opened is a table of kinds, each with a test, a reader of the model and a cheap reader of its tokenizer.
+What can be opened is a table of kinds, each with a test, a reader of the model and one of its tokenizer.
 """
 
 import importlib
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +13,13 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from tx_jax.checkpoint import read_config, restore_base, restore_params
+from tx_jax.checkpoint import read_config, restore_base, restore_params, step_dir
 from tx_jax.config import ModelConfig
+from tx_jax.config_json import read_object
 from tx_jax.convert.files import INDEX, WEIGHTS, check_no_pickle
 from tx_jax.convert.gguf import is_gguf, open_gguf
 from tx_jax.convert.named import NAMED, fetch_model
-from tx_jax.convert.pretrained import DTYPES, load_pretrained, read_json
+from tx_jax.convert.pretrained import DTYPES, Source, open_directory, open_gguf_model
 from tx_jax.data.subwords import Subwords
 from tx_jax.data.tokenizers import Tokenizer
 from tx_jax.data.vocabularies import from_gguf
@@ -34,22 +36,22 @@ POSSIBLE = (
     "or hf://ORG/NAME[@REVISION]"
 )
 AnyTokenizer = Subwords | Tokenizer
+Name = str | os.PathLike[str]
 
 
-class Source(NamedTuple):
-    """A model from anywhere."""
+class Pretrained(NamedTuple):
+    """A model with its weights."""
 
     cfg: ModelConfig
     params: dict
-    tokenizer: AnyTokenizer | None  # None: the source has none
     special_ids: dict[str, Any]  # bos_token_id, eos_token_id, …, as far as they are known
     architecture: str | None  # of transformers; None: of a run of train.py
 
 
-def open_source(
-    name: str, *, dtype: str | None = "float32", mesh: Mesh | None = None, step: int | None = None
-) -> Source:
-    """The model and the tokenizer that `name` stands for. The network is used for a short name's first use and hf://.
+def load_pretrained(
+    name: Name, *, dtype: str | None = "float32", mesh: Mesh | None = None, step: int | None = None
+) -> Pretrained:
+    """The model that `name` stands for, tensor by tensor. The network is used for a short name's first use and hf://.
 
     Args:
         name: one of POSSIBLE.
@@ -58,34 +60,46 @@ def open_source(
         step: of a run directory's checkpoint; None: the newest.
 
     Raises:
-        InputError: there is no such model, or it cannot be read.
+        InputError: there is no such model, or it cannot be read: its architecture or an option of its config is not
+            honoured, or its tensors are not those of its config.
     """
     require(dtype in DTYPES, f"dtype={dtype!r} is not one of float32, bfloat16, float16, or None, as stored")
-    path = find_source(name)
-    kind = _kind(path)
-    require(step is None or kind.has_steps, f"step={step} is of a run directory of train.py, and {path} is none")
-    return kind.read(path, dtype, mesh, step)
+    cfg, special_ids, architecture, load = open_source(find_source(name), step)
+    return Pretrained(cfg, load(dtype, mesh), special_ids, architecture)
 
 
-def open_tokenizer(name: str) -> AnyTokenizer:
-    """The tokenizer that `name` brings, without the weights.
+def load_tokenizer(name: Name) -> AnyTokenizer:
+    """The tokenizer that `name` brings.
 
     Raises:
         InputError: there is no such model, or it has no tokenizer that can be read.
     """
     path = find_source(name)
-    tokenizer = _kind(path).tokenizer(path)
+    tokenizer = open_tokenizer(path)
     if tokenizer is None:
-        raise InputError(f"{path} holds no tokenizer; give another model, or put its tokenizer.json there")
+        raise InputError(f"{path} holds no tokenizer; put its tokenizer.json there, or give another model")
     return tokenizer
 
 
-def find_source(name: str) -> Path:
+def open_source(path: Path, step: int | None = None) -> Source:
+    """What `find_source` found, before its weights are read. Raises as `load_pretrained` does."""
+    kind = _kind(path)
+    require(step is None or kind.has_steps, f"step={step} is of a run directory of train.py, and {path} is none")
+    return kind.open(path, step)
+
+
+def open_tokenizer(path: Path) -> AnyTokenizer | None:
+    """The tokenizer of what `find_source` found; None: it has none."""
+    return _kind(path).tokenizer(path)
+
+
+def find_source(name: Name) -> Path:
     """The file or directory that `name` stands for; it is fetched if need be.
 
     Raises:
         InputError: there is none.
     """
+    name = os.fspath(name)
     if name in NAMED:
         return fetch_model(name)
     if hub := HUB.fullmatch(name):
@@ -112,32 +126,36 @@ def _fetch_from_hub(repo_id: str, revision: str | None) -> Path:
 def is_run(path: Path) -> bool:
     """Whether its config.json is one of ours: Hugging Face's has no such keys."""
     config = path / "config.json"
-    return config.is_file() and {"run_dir", "model"} <= read_json(config).keys()
+    return config.is_file() and {"run_dir", "model"} <= read_object(config).keys()
 
 
-def _read_run(path: Path, dtype: str | None, mesh: Mesh | None, step: int | None) -> Source:
+def _open_run(path: Path, step: int | None) -> Source:
     run = read_config(path)
     cfg, lora = run.model, run.lora
-    shapes = jax.eval_shape(lambda key: init_params(build(cfg), key), jax.random.key(0))
-    if lora.rank:
-        adapters = jax.eval_shape(lambda key: init_lora(shapes, key, lora.rank, lora.targets), jax.random.key(0))
-        params = merge_lora(restore_base(path, shapes), restore_params(path, adapters, step), lora.alpha)
-    else:
-        params = restore_params(path, shapes, step)
-    params = params if dtype is None else jax.tree.map(lambda leaf: leaf.astype(DTYPES[dtype]), params)
-    params = params if mesh is None else jax.device_put(params, shardings(params, mesh))
-    tokenizer = _run_tokenizer(path)
-    ends = {"bos_token_id": getattr(tokenizer, "bos_id", None), "eos_token_id": list(getattr(tokenizer, "eos_ids", ()))}
-    return Source(cfg, params, tokenizer, {key: value for key, value in ends.items() if value not in (None, [])}, None)
+    step_dir(path, step)  # is there
+
+    def load(dtype: str | None, mesh: Mesh | None) -> dict:
+        shapes = jax.eval_shape(lambda key: init_params(build(cfg), key), jax.random.key(0))
+        if lora.rank:
+            adapters = jax.eval_shape(lambda key: init_lora(shapes, key, lora.rank, lora.targets), jax.random.key(0))
+            base = restore_base(path, _placed(shapes, mesh))
+            params = merge_lora(base, restore_params(path, _placed(adapters, mesh), step), lora.alpha)
+        else:
+            params = restore_params(path, _placed(shapes, mesh), step)
+        return params if dtype is None else jax.tree.map(lambda leaf: leaf.astype(DTYPES[dtype]), params)
+
+    return Source(cfg, {}, None, load)
+
+
+def _placed(shapes: Any, mesh: Mesh | None) -> Any:
+    """The shapes, with where each leaf is to lie."""
+    if mesh is None:
+        return shapes
+    return jax.tree.map(lambda leaf, at: leaf.update(sharding=at), shapes, shardings(shapes, mesh))
 
 
 def _run_tokenizer(path: Path) -> AnyTokenizer | None:
     return find_tokenizer(path / "tokenizer")
-
-
-def _read_public(path: Path, dtype: str | None, mesh: Mesh | None, step: int | None) -> Source:
-    cfg, params, special_ids, architecture = load_pretrained(path, dtype=dtype, mesh=mesh)
-    return Source(cfg, params, _kind(path).tokenizer(path), special_ids, architecture)
 
 
 def _gguf_tokenizer(path: Path) -> AnyTokenizer | None:
@@ -147,15 +165,15 @@ def _gguf_tokenizer(path: Path) -> AnyTokenizer | None:
 
 class _Kind(NamedTuple):
     fits: Callable[[Path], bool]
-    read: Callable[[Path, str | None, Mesh | None, int | None], Source]
+    open: Callable[[Path, int | None], Source]
     tokenizer: Callable[[Path], AnyTokenizer | None]
     has_steps: bool = False
 
 
 _KINDS = (  # the first that fits
-    _Kind(is_gguf, _read_public, _gguf_tokenizer),
-    _Kind(is_run, _read_run, _run_tokenizer, has_steps=True),
-    _Kind(lambda path: True, _read_public, find_tokenizer),
+    _Kind(is_gguf, lambda path, step: open_gguf_model(path), _gguf_tokenizer),
+    _Kind(is_run, _open_run, _run_tokenizer, has_steps=True),
+    _Kind(lambda path: True, lambda path, step: open_directory(path), find_tokenizer),
 )
 
 

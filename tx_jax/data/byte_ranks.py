@@ -30,7 +30,7 @@ class TiktokenTokenizer:
     ranks: str = dataclasses.field(repr=False)  # the content of the file: a token in base 64, a space, its id; by line
     pattern: str = CL100K  # a regular expression of the words in which bytes are merged
     special: tuple[tuple[str, int], ...] = ()  # tokens that are no text
-    bos_id: int | None = None  # begins a text; `begin=True` puts it before
+    bos_id: int | None = None  # begins a text; `add_special_tokens=True` puts it before
     eos_ids: tuple[int, ...] = ()  # each ends one; the first is the one to write
     chat_template: str | None = dataclasses.field(default=None, repr=False)  # Jinja, for data.chat
 
@@ -78,7 +78,7 @@ class TiktokenTokenizer:
         """The id of a special token by its name; None: there is none."""
         return self.special_tokens.get(name)
 
-    def encode(self, text: str, *, special: bool = False, begin: bool = False) -> Int32[np.ndarray, " T"]:
+    def encode(self, text: str, *, special: bool = False, add_special_tokens: bool = False) -> Int32[np.ndarray, " T"]:
         """The ids of the text; the arguments are those of `SubwordTokenizer.encode`.
 
         Raises:
@@ -86,7 +86,7 @@ class TiktokenTokenizer:
         """
         utf8(text)
         allowed = set(self.special_tokens) if special else set()
-        before = [self.bos_id] if begin and self.bos_id is not None else []
+        before = [self.bos_id] if add_special_tokens and self.bos_id is not None else []
         with one_line("the tokenizer cannot encode the text", "give it in smaller parts"):
             return row([*before, *self._encoding.encode(text, allowed_special=allowed, disallowed_special=())])
 

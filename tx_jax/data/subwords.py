@@ -118,12 +118,12 @@ class SubwordTokenizer:
         """The id of a token by its name in the file; None: there is none."""
         return self._reads_special.token_to_id(name)
 
-    def encode(self, text: str, *, special: bool = False, begin: bool = False) -> Int32[np.ndarray, " T"]:
+    def encode(self, text: str, *, special: bool = False, add_special_tokens: bool = False) -> Int32[np.ndarray, " T"]:
         """The ids of the text.
 
         Args:
             special: names of special tokens in the text become their ids; if not, they are text like any other.
-            begin: with what the model puts around a text of its own, such as `<s>` before or `[CLS]` … `[SEP]`.
+            add_special_tokens: with what stands around a whole text, such as `<s>` before it or `[CLS]` … `[SEP]`.
 
         Raises:
             InputError: the text holds a lone surrogate.
@@ -131,7 +131,7 @@ class SubwordTokenizer:
         utf8(text)
         tokenizer = self._reads_special if special else self._reads_text
         with one_line("the tokenizer cannot encode the text", "its tokenizer.json has no token for it"):
-            return row(tokenizer.encode(text, add_special_tokens=begin).ids)
+            return row(tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, ids: Ids, *, special: bool = False) -> str:
         """The text of the ids, with the names of special tokens only if asked for.
@@ -170,7 +170,7 @@ class SentencePieceTokenizer:
     bos_id: int | None = None  # begins a text
     eos_ids: tuple[int, ...] = ()  # each ends one; the first is the one to write
     chat_template: str | None = dataclasses.field(default=None, repr=False)  # Jinja, for data.chat
-    add_bos: bool = False  # `begin=True` puts bos_id before a text
+    add_bos: bool = False  # `add_special_tokens=True` puts bos_id before a text
     add_eos: bool = False  # and the first of eos_ids after it
     special: tuple[tuple[str, int], ...] = ()  # tokens that are no text, besides the control tokens of the model
 
@@ -218,7 +218,7 @@ class SentencePieceTokenizer:
         i = self._processor.piece_to_id(name)
         return self.special_tokens.get(name, i if self.token(i) == name else None)
 
-    def encode(self, text: str, *, special: bool = False, begin: bool = False) -> Int32[np.ndarray, " T"]:
+    def encode(self, text: str, *, special: bool = False, add_special_tokens: bool = False) -> Int32[np.ndarray, " T"]:
         """The ids of the text; the arguments are those of `SubwordTokenizer.encode`.
 
         Each stretch of text between special tokens is encoded alone, with the leading space that a text is given.
@@ -230,8 +230,8 @@ class SentencePieceTokenizer:
         known = self.special_tokens if special else {}
         pieces = (piece for piece in split_at(text, known) if piece)
         ids = [[known[piece]] if piece in known else self._processor.encode(piece) for piece in pieces]
-        before = [self.bos_id] if begin and self.add_bos and self.bos_id is not None else []
-        after = self.eos_ids[:1] if begin and self.add_eos else []
+        before = [self.bos_id] if add_special_tokens and self.add_bos and self.bos_id is not None else []
+        after = self.eos_ids[:1] if add_special_tokens and self.add_eos else []
         return row(itertools.chain(before, *ids, after))
 
     def decode(self, ids: Ids, *, special: bool = False) -> str:

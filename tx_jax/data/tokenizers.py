@@ -174,7 +174,7 @@ Tokenizer = CharTokenizer | ByteTokenizer
 TOKENIZERS = {kind.kind: kind for kind in (CharTokenizer, ByteTokenizer)}
 
 
-def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
+def load_saved(directory: str | os.PathLike[str]) -> Tokenizer:
     """The tokenizer that `save` wrote in the directory.
 
     Raises:

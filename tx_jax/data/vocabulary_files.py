@@ -1,16 +1,16 @@
 """The tokenizer of a directory, as models are published on Hugging Face, and of a run directory of ours."""
 
-import json
 import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from tx_jax.config_json import read_object
 from tx_jax.data.byte_ranks import CL100K, TiktokenTokenizer
 from tx_jax.data.libraries import CONFIG
 from tx_jax.data.subwords import SentencePieceTokenizer, Subwords, SubwordTokenizer
-from tx_jax.data.tokenizers import Tokenizer, load_tokenizer
+from tx_jax.data.tokenizers import Tokenizer, load_saved
 from tx_jax.data.vocabularies import from_gpt2
 from tx_jax.errors import InputError, require
 
@@ -67,15 +67,7 @@ def _text(path: Path) -> str:
 
 
 def _json(path: Path) -> Config:
-    """The object in a JSON file; none where there is no file."""
-    if not path.exists():
-        return {}
-    try:
-        fields = json.loads(_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON ({error!s:.80}); take the file from its publisher again") from error
-    require(isinstance(fields, dict), f"{path} is not a JSON object; take the file from its publisher again")
-    return fields
+    return read_object(path) if path.exists() else {}
 
 
 def _config(home: Path) -> Config:
@@ -129,7 +121,7 @@ def _ends(config: Config, token_id: Callable[[str], int | None]) -> dict[str, An
 def _read_json(home: Path, path: Path) -> SubwordTokenizer | Tokenizer:
     content = _text(path)
     if '"kind"' in content[:20]:  # ours, which begins with it
-        return load_tokenizer(home)
+        return load_saved(home)
     config = _config(home)
     roles = tuple((key, name) for key in ROLES if (name := _name(config, key)) is not None)
     return SubwordTokenizer(content, **_ends(config, SubwordTokenizer(content).token_id), roles=roles)

@@ -5,7 +5,7 @@ may be called inside your own `jit` and `vmap`. Prompts of different length go i
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -181,25 +181,43 @@ def stream(
     """The tokens of `generate`, (B,) at a time, each as soon as it is there. Arguments and errors are its own."""
     prompt, n_slots = prepare(model, tokens, positions, max_new_tokens, sampler, key, memory)
     cache = init_cache(model.cfg, prompt.tokens.shape[0], n_slots)
-    logits, cache = jax.jit(prefill, static_argnums=0, donate_argnums=3)(model, params, prompt, cache, memory)
-    return _stream(model, params, logits, cache, max_new_tokens, sampler, key, memory)
+    logits, cache = fill(model, params, prompt, cache, memory)
+    return (token for token, _ in steps(model, params, logits, cache, max_new_tokens, sampler, key, memory))
 
 
-def _stream(model, params, logits, cache, max_new_tokens, sampler, key, memory):
+fill = functools.partial(jax.jit, static_argnums=0, donate_argnums=3)(prefill)
+
+
+def steps(
+    model: LanguageModel,
+    params: dict,
+    logits: Float[Array, "B V"],
+    cache: Cache,
+    max_new_tokens: int,
+    sampler: Sampler,
+    key: PRNGKeyArray | None,
+    memory: Cache | None = None,
+    with_room: Callable[[Cache], Cache] = lambda cache: cache,
+) -> Iterator[tuple[np.ndarray, Cache]]:
+    """`decode` in Python: each token as soon as it is there, and the cache before it, which the next step takes away.
+
+    Args:
+        with_room: what gives a cache the slot that the next token needs.
+    """
     for i in range(max_new_tokens):
-        token = choose(logits, sampler, key, i)
-        yield np.asarray(token)
-        if i + 1 < max_new_tokens:
-            logits, cache = advance(model, params, token, cache, memory)
+        token = _choose(logits, sampler, key, i)
+        yield np.asarray(token), cache
+        if i + 1 < max_new_tokens:  # else the cache that was given last would be gone
+            logits, cache = _advance(model, params, token, with_room(cache), memory)
 
 
 @jax.jit
-def choose(logits, sampler, key, i):
+def _choose(logits, sampler, key, i):
     return sample(logits, sampler, None if key is None else jax.random.fold_in(key, i))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
-def advance(model, params, token, cache, memory):
+def _advance(model, params, token, cache, memory):
     x, cache = _hidden(model, params, token[:, None], None, cache, memory)
     return _logits(model, params, x[:, 0]), cache
 

@@ -4,7 +4,6 @@
 to where they part, which is a change of its positions alone.
 """
 
-import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -14,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Integer, PRNGKeyArray
 
 from tx_jax.cache import Cache, init_cache
-from tx_jax.decoding.generate import BUCKET, Prompt, advance, check_tokens, choose, prefill
+from tx_jax.decoding.generate import BUCKET, Prompt, check_tokens, fill, steps
 from tx_jax.decoding.samplers import Sampler, check_sampler
 from tx_jax.errors import require
 from tx_jax.models import DecoderLM
@@ -52,7 +51,7 @@ def read(model: DecoderLM, params: dict, session: Session, ids: Ids) -> tuple[Fl
     tokens = jnp.zeros((1, width), jnp.int32).at[0, : len(new)].set(jnp.asarray(new, jnp.int32))
     positions = jnp.where(index < len(new), kept + index, -1)[None]
     cache = _with_room(_cut(session.cache, kept), max(len(ids), width), cfg.max_len)
-    logits, cache = _prefill(model, params, Prompt(tokens, positions), cache)
+    logits, cache = fill(model, params, Prompt(tokens, positions), cache)
     return logits, Session(ids, cache)
 
 
@@ -77,17 +76,15 @@ def write(
 
 
 def _write(model, params, logits, session, max_new_tokens, sampler, key) -> Iterator[tuple[int, Session]]:
-    n = min(max_new_tokens, model.cfg.max_len - len(session.ids))
-    for i in range(n):
-        token = choose(logits, sampler, key, i)
-        yield int(token[0]), session
-        if i + 1 < n:  # else the session that was given last would be gone
-            cache = _with_room(session.cache, len(session.ids) + 1, model.cfg.max_len)
-            logits, cache = advance(model, params, token, cache, None)
-            session = Session((*session.ids, int(token[0])), cache)
+    ids, max_len = session.ids, model.cfg.max_len
+    n = min(max_new_tokens, max_len - len(ids))
 
+    def with_room(cache: Cache) -> Cache:
+        return _with_room(cache, len(ids), max_len)
 
-_prefill = functools.partial(jax.jit, static_argnums=0, donate_argnums=3)(prefill)
+    for token, cache in steps(model, params, logits, session.cache, n, sampler, key, with_room=with_room):
+        yield int(token[0]), Session(ids, cache)
+        ids = (*ids, int(token[0]))
 
 
 def _cut(cache: Cache, length: int) -> Cache:

@@ -11,12 +11,14 @@ import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from tx_jax import checkpoint
-from tx_jax.config import RunConfig
+from tx_jax.config import MeshConfig, RunConfig
 from tx_jax.convert.sources import AnyTokenizer
 from tx_jax.data.batches import Batch, split, train_batches, valid_batches
 from tx_jax.data.corpora import load_text
@@ -47,7 +49,7 @@ def _fit(cfg: RunConfig, stop: threading.Event) -> TrainState:
     run_dir = Path(cfg.run_dir)
     text = load_text(cfg.data.path, cfg.data.corpus)
     text_sha256 = hashlib.sha256(text.encode()).hexdigest()
-    cfg, tokenizer, params = open_start(cfg, text)
+    cfg, tokenizer, load = open_start(cfg, text)
     train = cfg.train
     if train.sample_prompt is None:
         train = dataclasses.replace(train, sample_prompt="\n" if "\n" in text else text[0])
@@ -62,7 +64,8 @@ def _fit(cfg: RunConfig, stop: threading.Event) -> TrainState:
     optimizer, schedule = make_optimizer(cfg.optim, train.n_steps), make_schedule(cfg.optim, train.n_steps)
     state = jax.eval_shape(lambda key: first_state(cfg.lora, model, optimizer, key), jax.random.key(0))
     n_trained = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    launch = make_launcher(cfg, model, optimizer, state)
+    mesh = choose_mesh(cfg.mesh)
+    launch = make_launcher(cfg, model, optimizer, state, mesh)
     launch.put_batch(held_out[0])  # refuses a batch that the devices cannot share, before anything is written
     evaluate = jax.jit(make_eval_step(model))
     assemble = make_assemble(cfg.lora)
@@ -75,13 +78,12 @@ def _fit(cfg: RunConfig, stop: threading.Event) -> TrainState:
     tokenizer.save(run_dir / "tokenizer")
     step = checkpoint.latest_step(run_dir) or 0
     if step:
-        frozen = checkpoint.restore_base(run_dir, state.frozen)
-        moving, position = checkpoint.restore(run_dir, state.moving)
-        state = TrainState(*moving, frozen=frozen)
+        state, position = resume(run_dir, state)
         check_text(run_dir, position["text_sha256"], text_sha256)
         batches.set_state(position["batches"])
     else:
         begin = jax.jit(first_state, static_argnums=(0, 1, 2), donate_argnums=4)
+        params = None if load is None else load(mesh)
         state = begin(cfg.lora, model, optimizer, jax.random.key(train.seed), params)
         checkpoint.save_base(run_dir, state.frozen)
     state = launch.put_state(state)
@@ -109,6 +111,17 @@ def _fit(cfg: RunConfig, stop: threading.Event) -> TrainState:
                     plot_metrics(run_dir)
         report.end(step, stopped=step < train.n_steps)
     return launch.host_state(state)
+
+
+def resume(run_dir: Path, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    """The state of the newest checkpoint, and its place in the data.
+
+    Args:
+        state: its shapes.
+    """
+    frozen = checkpoint.restore_base(run_dir, state.frozen)
+    moving, position = checkpoint.restore(run_dir, state.moving)
+    return TrainState(*moving, frozen=frozen), position
 
 
 def due(step: int, every: int, end: int | None = None) -> bool:
@@ -151,12 +164,18 @@ def check_text(run_dir: Path, held: str, now: str) -> None:
     require(held == now, f"{rule}; use another --run-dir, or bring its text back")
 
 
-def make_launcher(cfg: RunConfig, model: DecoderLM, optimizer, state: TrainState) -> Launcher:
-    """`pmap` where one host has several devices and no mesh is asked for; otherwise `jit`, on the mesh that is."""
+def choose_mesh(cfg: MeshConfig) -> Mesh | None:
+    """The mesh to run on, or None where one host has several devices and none is asked for: then by `pmap`."""
+    by_pmap = cfg == MeshConfig() and jax.process_count() == 1 and jax.local_device_count() > 1
+    return None if by_pmap else make_mesh(cfg)
+
+
+def make_launcher(cfg: RunConfig, model: DecoderLM, optimizer, state: TrainState, mesh: Mesh | None) -> Launcher:
+    """`jit` on the mesh, or `pmap` without one."""
     how = {"label_smoothing": cfg.train.label_smoothing_rate, "assemble": make_assemble(cfg.lora)}
-    if cfg.mesh == type(cfg.mesh)() and jax.process_count() == 1 and jax.local_device_count() > 1:
+    if mesh is None:
         return pmap_step(make_train_step(model, optimizer, **how, axis_name=AXIS))
-    return jit_step(make_train_step(model, optimizer, **how), state, make_mesh(cfg.mesh))
+    return jit_step(make_train_step(model, optimizer, **how), state, mesh)
 
 
 def mean_loss(evaluate, params: dict, batches: list[Batch]) -> float:

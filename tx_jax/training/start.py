@@ -4,20 +4,20 @@ And what is trained of it: all parameters, or adapters (RunConfig.lora) beside a
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import optax
+from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 
 from tx_jax.checkpoint import latest_step, read_config
 from tx_jax.config import OF_THE_RUN, LoraConfig, ModelConfig, RunConfig
-from tx_jax.convert.sources import AnyTokenizer, open_source
+from tx_jax.convert.sources import AnyTokenizer, find_source, load_tokenizer, open_source
 from tx_jax.data.trained import train_tokenizer
-from tx_jax.data.vocabulary_files import read_tokenizer
-from tx_jax.errors import InputError, require
+from tx_jax.errors import require
 from tx_jax.lora import init_lora, merge_lora
 from tx_jax.models import Model, init_params
 from tx_jax.training.step import TrainState, init_state
@@ -28,7 +28,7 @@ class Start(NamedTuple):
 
     cfg: RunConfig  # with the model that is trained
     tokenizer: AnyTokenizer
-    params: dict | None  # None: fresh ones, or those of the run's own checkpoint
+    load: Callable[[Mesh | None], dict] | None = None  # (mesh) → parameters; None: the run's own, or fresh
 
 
 def open_start(cfg: RunConfig, text: str) -> Start:
@@ -39,18 +39,18 @@ def open_start(cfg: RunConfig, text: str) -> Start:
     """
     if cfg.init is None:
         tokenizer = train_tokenizer(cfg.data.tokenizer, text, cfg.data.vocab_size)
-        return Start(dataclasses.replace(cfg, model=fill_vocabulary(cfg.model, tokenizer)), tokenizer, None)
+        return Start(dataclasses.replace(cfg, model=fill_vocabulary(cfg.model, tokenizer)), tokenizer)
     if latest_step(cfg.run_dir):  # 0: weights that were put there, with which nothing was trained
-        model, tokenizer, params = read_config(cfg.run_dir).model, read_tokenizer(Path(cfg.run_dir) / "tokenizer"), None
+        model, tokenizer, load = read_config(cfg.run_dir).model, load_tokenizer(cfg.run_dir), None
     else:
-        model, params, tokenizer, *_ = open_source(cfg.init)
-    if tokenizer is None:
-        raise InputError(f"init={cfg.init!r} holds no tokenizer, without which its weights say nothing; put one there")
+        path = find_source(cfg.init)
+        source, tokenizer = open_source(path), load_tokenizer(path)
+        model, load = source.cfg, functools.partial(source.load, "float32")
     ids, known, long = tokenizer.vocab_size, model.vocab_size or 0, cfg.data.seq_len
     require(ids <= known, f"init={cfg.init!r} has a tokenizer of {ids} ids for {known} vectors; they are of two models")
     require(long <= model.max_len, f"data.seq_len={long} exceeds the {model.max_len} tokens of {cfg.init}; shorten it")
     own = {name: getattr(cfg.model, name) for name in OF_THE_RUN}
-    return Start(dataclasses.replace(cfg, model=dataclasses.replace(model, **own)), tokenizer, params)
+    return Start(dataclasses.replace(cfg, model=dataclasses.replace(model, **own)), tokenizer, load)
 
 
 def fill_vocabulary(cfg: ModelConfig, tokenizer: AnyTokenizer) -> ModelConfig:
