@@ -117,12 +117,12 @@ def pmap_step(step: Callable, devices: list | None = None) -> Launcher:
         return jax.tree.map(lambda leaf: leaf.reshape(n, -1, *leaf.shape[1:]), batch)
 
     def first(tree: Any) -> Any:
-        return jax.tree.map(lambda leaf: leaf[0], tree)
+        # Not leaf[0], which sums over all devices, leaf by leaf: on CPU such programs can wait for each other for ever.
+        return jax.tree.map(lambda leaf: leaf.addressable_data(0)[0], tree)
 
     spread = jax.jit(copies, out_shardings=NamedSharding(mesh, P(AXIS)))
-    mapped = jax.pmap(step, AXIS, devices=devices, donate_argnums=0)
     return Launcher(
-        step=lambda state, batch: (lambda state, metrics: (state, first(metrics)))(*mapped(state, batch)),
+        step=jax.pmap(step, AXIS, out_axes=(0, None), devices=devices, donate_argnums=0),
         put_state=lambda state: spread(jax.device_put(state, NamedSharding(mesh, P()))),
         put_batch=put_batch,
         host_state=first,
