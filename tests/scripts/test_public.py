@@ -11,9 +11,8 @@ import tx_jax as tx
 from tx_jax.convert.__main__ import main as convert
 from tx_jax.convert.files import open_safetensors
 from tx_jax.convert.pretrained import save_pretrained
-from tx_jax.convert.sources import load_pretrained
+from tx_jax.convert.sources import load_pretrained, load_tokenizer
 from tx_jax.data.subwords import SubwordTokenizer
-from tx_jax.data.vocabulary_files import read_tokenizer
 
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<s>{% endif %}"
@@ -66,7 +65,7 @@ def test_a_conversation_is_its_turns_read_at_once(public, write, monkeypatch):
     spoken = write(public, "--interactive", *flags)
     first = write(public, "--prompt", "the cat", *flags)
     assert spoken.startswith(first)
-    model, tokenizer = load_pretrained(public), read_tokenizer(public)
+    model, tokenizer = load_pretrained(public), load_tokenizer(public)
     # The same second turn, by one pass over the whole conversation, whose first answer is said again as text.
     text = f"<s>user: the cat\n<s>assistant: {first[:-1]}\n<s>user: sat on\n<s>"
     ids = tokenizer.encode(text, special=True)
@@ -80,14 +79,14 @@ def test_the_round_trip_over_a_run_directory_is_exact(public, tmp_path, write, c
     assert capsys.readouterr().out.count("parameters, written as") == 2
     files = [dict(open_safetensors(path).read()) for path in (public, tmp_path / "back")]
     jax.tree.map(np.testing.assert_array_equal, *files)
-    assert read_tokenizer(tmp_path / "back") == read_tokenizer(public)
+    assert load_tokenizer(tmp_path / "back") == load_tokenizer(public)
     flags = ["--prompt", "the cat", "--temperature", 0, "--max-new-tokens", 9]
     assert write(tmp_path / "run", *flags) == write(public, *flags) == write(tmp_path / "back", *flags)
 
 
 def test_a_run_of_train_py_is_exported_with_its_tokenizer(run, tmp_path, capsys):
     convert([str(run), str(tmp_path / "out"), "--dtype", "bfloat16"])
-    tokenizer = read_tokenizer(tmp_path / "out")
+    tokenizer = load_tokenizer(tmp_path / "out")
     assert tokenizer.decode(tokenizer.encode("the cat")) == "the cat"
     found = load_pretrained(tmp_path / "out", dtype=None)
     assert found.architecture == "Starcoder2ForCausalLM"  # layer norms, a window, no gate; biases of zero

@@ -23,7 +23,7 @@ from tx_jax.convert.pretrained import DTYPES, Source, open_directory, open_gguf_
 from tx_jax.data.subwords import Subwords
 from tx_jax.data.tokenizers import Tokenizer
 from tx_jax.data.vocabularies import from_gguf
-from tx_jax.data.vocabulary_files import find_tokenizer
+from tx_jax.data.vocabulary_files import FILES, find_tokenizer
 from tx_jax.errors import InputError, require
 from tx_jax.lora import init_lora, merge_lora
 from tx_jax.models import build, init_params
@@ -77,7 +77,7 @@ def load_tokenizer(name: Name) -> AnyTokenizer:
     path = find_source(name)
     tokenizer = open_tokenizer(path)
     if tokenizer is None:
-        raise InputError(f"{path} holds no tokenizer; put its tokenizer.json there, or give another model")
+        raise InputError(f"{path} holds no tokenizer; give a model with one of {FILES}")
     return tokenizer
 
 

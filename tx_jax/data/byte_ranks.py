@@ -108,7 +108,7 @@ class TiktokenTokenizer:
         return codecs.iterdecode(self._bytes(each(ids, self.vocab_size), False), "utf-8", errors="replace")
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write `tokenizer.tiktoken` and `tokenizer_config.json`, which `read_tokenizer` reads.
+        """Write `tokenizer.tiktoken` and `tokenizer_config.json`, which `find_tokenizer` reads.
 
         Raises:
             InputError: the directory holds a tokenizer of another kind.

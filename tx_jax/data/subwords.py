@@ -153,7 +153,7 @@ class SubwordTokenizer:
         )
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write `tokenizer.json` and `tokenizer_config.json`, which `read_tokenizer` and Hugging Face's library read.
+        """Write `tokenizer.json` and `tokenizer_config.json`, which `find_tokenizer` and Hugging Face's library read.
 
         Raises:
             InputError: the directory holds a tokenizer of another kind.
@@ -255,7 +255,7 @@ class SentencePieceTokenizer:
         return stream_by_windows(shown, self.decode, lambda i: False)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write `tokenizer.model` and `tokenizer_config.json`, which `read_tokenizer` reads.
+        """Write `tokenizer.model` and `tokenizer_config.json`, which `find_tokenizer` reads.
 
         Raises:
             InputError: the directory holds a tokenizer of another kind.

@@ -19,31 +19,17 @@ ROLES = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
 TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")  # Llama 3's first release calls its ranks tokenizer.model
 
 
-def read_tokenizer(directory: str | os.PathLike[str]) -> Subwords | Tokenizer:
-    """The tokenizer of the directory, from the first of these that is there.
-
-    tokenizer.json (also our own), tokenizer.model, spiece.model, vocab.json with merges.txt, encoder.json with
-    vocab.bpe, and *.tiktoken. What begins and ends a text, and the chat template, are read from tokenizer_config.json,
-    special_tokens_map.json, generation_config.json and chat_template.jinja.
-
-    Raises:
-        InputError: none is there, or one cannot be read or is not what its name says.
-    """
-    tokenizer = find_tokenizer(directory)
-    if tokenizer is None:
-        known = ", ".join(" with ".join(names) for names, _ in _READERS)
-        raise InputError(f"{Path(directory)} holds no tokenizer; give a directory with one of {known}")
-    return tokenizer
-
-
 def find_tokenizer(directory: str | os.PathLike[str]) -> Subwords | Tokenizer | None:
-    """What `read_tokenizer` gives, or None where the directory holds no tokenizer.
+    """The tokenizer of the directory, from the first of FILES that is there; None: none is.
+
+    What begins and ends a text, and the chat template, are read from tokenizer_config.json, special_tokens_map.json,
+    generation_config.json and chat_template.jinja.
 
     Raises:
         InputError: one cannot be read or is not what its name says.
     """
     home = Path(directory)
-    for names, read in _READERS:
+    for names, read in _READERS.items():
         found = [sorted(home.glob(name)) for name in names]
         if all(found):
             return read(home, *(paths[0] for paths in found))
@@ -165,11 +151,12 @@ def _read_tiktoken(home: Path, path: Path) -> TiktokenTokenizer:
     return TiktokenTokenizer(ranks, pattern, special, **_ends(config, dict(special).get))
 
 
-_READERS: tuple[tuple[tuple[str, ...], Callable[..., Subwords | Tokenizer]], ...] = (
-    (("tokenizer.json",), _read_json),
-    (("tokenizer.model",), _read_model),
-    (("spiece.model",), _read_model),
-    (("vocab.json", "merges.txt"), _read_gpt2),
-    (("encoder.json", "vocab.bpe"), _read_gpt2),
-    (("*.tiktoken",), _read_tiktoken),
-)
+_READERS: dict[tuple[str, ...], Callable[..., Subwords | Tokenizer]] = {
+    ("tokenizer.json",): _read_json,  # also our own
+    ("tokenizer.model",): _read_model,
+    ("spiece.model",): _read_model,
+    ("vocab.json", "merges.txt"): _read_gpt2,
+    ("encoder.json", "vocab.bpe"): _read_gpt2,
+    ("*.tiktoken",): _read_tiktoken,
+}
+FILES = ", ".join(" with ".join(names) for names in _READERS)
