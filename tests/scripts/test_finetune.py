@@ -99,6 +99,17 @@ def test_going_on_needs_the_run_directory_alone_and_is_bit_exact(tuned, train, c
     assert_same(load_pretrained(again).params, load_pretrained(tuned / name).params)
 
 
+@pytest.mark.parametrize("more", ["", LORA])
+def test_a_mesh_begins_with_the_same_weights(train, command, tmp_path, more):
+    found, brief = [], "--model.dropout-rate 0 --train.n-steps 3 --train.eval-every 0 --train.sample-every 0"
+    for mesh in ("", "--mesh.fsdp 4 --mesh.tensor 2"):
+        run = tmp_path / f"run {mesh}"
+        train([*command, *brief.split(), *more.split(), *mesh.split(), "--run-dir", str(run)])
+        found.append((losses(run), load_pretrained(run).params))
+    np.testing.assert_allclose(*(loss for loss, _ in found), rtol=1e-5)
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-5), *(tree for _, tree in found))
+
+
 def test_adapters_beside_the_base_are_the_merged_model(tuned, public, tmp_path):
     run, base = tuned / "lora", load_pretrained(public).params
     assert_same(restore_base(run, base), base)

@@ -73,19 +73,13 @@ def _fit(cfg: RunConfig, stop: threading.Event) -> TrainState:
     def whole(state: TrainState) -> dict:
         return assemble(*launch.host_state((state.params, state.frozen)))
 
-    check_tokenizer(run_dir, tokenizer)
-    checkpoint.claim_run_dir(run_dir, cfg)
-    tokenizer.save(run_dir / "tokenizer")
-    step = checkpoint.latest_step(run_dir) or 0
+    step = claim(run_dir, cfg, tokenizer)
     if step:
-        state, position = resume(run_dir, state)
-        check_text(run_dir, position["text_sha256"], text_sha256)
-        batches.set_state(position["batches"])
+        state, data = resume(run_dir, state)
+        check_text(run_dir, data["text_sha256"], text_sha256)
+        batches.set_state(data["batches"])
     else:
-        begin = jax.jit(first_state, static_argnums=(0, 1, 2), donate_argnums=4)
-        params = None if load is None else load(mesh)
-        state = begin(cfg.lora, model, optimizer, jax.random.key(train.seed), params)
-        checkpoint.save_base(run_dir, state.frozen)
+        state = begin(cfg, model, optimizer, None if load is None else load(mesh))
     state = launch.put_state(state)
 
     with Report(cfg, step, n_trained) as report, checkpoint.saver(run_dir, train.keep) as save:
@@ -113,8 +107,30 @@ def _fit(cfg: RunConfig, stop: threading.Event) -> TrainState:
     return launch.host_state(state)
 
 
+def claim(run_dir: Path, cfg: RunConfig, tokenizer: AnyTokenizer) -> int:
+    """Make run_dir the home of this run; the step at which it goes on, 0 for a new one.
+
+    Raises:
+        InputError: it holds another run, or another tokenizer: that of another text.
+    """
+    held = find_tokenizer(run_dir / "tokenizer")
+    rule = f"run_dir='{run_dir}' holds a run with another tokenizer, such as that of another text"
+    require(held in (None, tokenizer), f"{rule}; use another --run-dir, or its text, --data.tokenizer and --init")
+    checkpoint.claim_run_dir(run_dir, cfg)
+    tokenizer.save(run_dir / "tokenizer")
+    return checkpoint.latest_step(run_dir) or 0
+
+
+def begin(cfg: RunConfig, model: DecoderLM, optimizer, params: dict | None) -> TrainState:
+    """The state before the first step. What it does not train is written, once."""
+    first = jax.jit(first_state, static_argnums=(0, 1, 2), donate_argnums=4)
+    state = first(cfg.lora, model, optimizer, jax.random.key(cfg.train.seed), params)
+    checkpoint.save_base(cfg.run_dir, state.frozen)
+    return state
+
+
 def resume(run_dir: Path, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
-    """The state of the newest checkpoint, and its place in the data.
+    """The state of the newest checkpoint, and what was saved with it: its place in the data.
 
     Args:
         state: its shapes.
@@ -141,17 +157,6 @@ def read_prompt(cfg: RunConfig, tokenizer: AnyTokenizer) -> np.ndarray:
     rule = f"train.sample_prompt has {len(prompt)} tokens; it must have 1 to {room - 1}, less than model.max_len"
     require(0 < len(prompt) < room, rule)
     return prompt[None]
-
-
-def check_tokenizer(run_dir: Path, tokenizer: AnyTokenizer) -> None:
-    """Hold a run that goes on to the ids that it began with.
-
-    Raises:
-        InputError: run_dir holds another tokenizer.
-    """
-    held = find_tokenizer(run_dir / "tokenizer")
-    rule = f"run_dir='{run_dir}' holds a run with another tokenizer, such as that of another text"
-    require(held in (None, tokenizer), f"{rule}; use another --run-dir, or its text, --data.tokenizer and --init")
 
 
 def check_text(run_dir: Path, held: str, now: str) -> None:
