@@ -40,7 +40,7 @@ class Args:
     system: str | None = None  # what a chat begins with
     interactive: bool = False  # a conversation: a message a line
     max_new_tokens: int | None = None  # None: 500, or what the context leaves
-    temperature: float | None = None  # 0: always the likeliest token; None: 0.8, in a chat 0.2 with top_p 0.9
+    temperature: float | None = None  # 0: always the likeliest token; None: 0.8, in a chat 0
     top_k: int | None = None  # keep the k likeliest tokens
     top_p: float | None = None  # keep the likeliest tokens that together reach p
     min_p: float | None = None  # keep tokens at least p times as likely as the likeliest
@@ -54,7 +54,7 @@ class Args:
         require(n >= 1, f"num_samples={n} must be at least 1; leave it out for one")
         streams = "--interactive" * self.interactive or "--stream" * self.stream
         require(n == 1 or not streams, f"num_samples={n} cannot be streamed; leave out {streams}, or ask for one")
-        require(heat is None or heat >= 0, f"temperature={heat} must not be negative; 0 is greedy")
+        require(heat is None or heat >= 0, f"temperature={heat} must be 0, which is greedy, or more")
         require(0 <= self.seed < 2**32, f"seed={self.seed} must be from 0 to 2³² − 1")
         require(
             not (self.interactive and self.prompt), "--interactive reads what you type, not --prompt; leave one out"
@@ -78,7 +78,7 @@ class Writer(NamedTuple):
         return min(500, room) if self.new is None else self.new
 
 
-DEFAULTS = {False: (0.8, None), True: (0.2, 0.9)}  # temperature, top_p; of a chat: SmolLM2's model card
+DEFAULT_TEMPERATURE = {False: 0.8, True: 0.0}  # of a text that goes on, and of an answer: greedy, as in transformers
 
 
 @one_line_errors()
@@ -127,8 +127,9 @@ def prepare_writer(args: Args, path: Path, cfg: tx.ModelConfig, special_ids: dic
         chats = False  # it was trained to go on from running text
     for flag in ("interactive", "system"):
         require(chats or not getattr(args, flag), f"--{flag} is for a model with a chat template, without --raw")
-    heat, top_p = (args.temperature, args.top_p) if args.temperature is not None else DEFAULTS[chats]
-    sampler = tx.Sampler(heat or None, args.top_k, top_p if args.top_p is None else args.top_p, args.min_p)
+    drawn = args.num_samples > 1 or any(rule is not None for rule in (args.top_k, args.top_p, args.min_p))
+    heat = DEFAULT_TEMPERATURE[chats and not drawn] if args.temperature is None else args.temperature
+    sampler = tx.Sampler(heat or None, args.top_k, args.top_p, args.min_p)
     check_sampler(sampler)
     new, key = args.max_new_tokens, jax.random.key(args.seed)
     return Writer(model, {}, tokenizer, tuple(sorted(ends)), new, sampler, key), chats

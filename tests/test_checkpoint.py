@@ -286,4 +286,4 @@ def test_refuses_a_broken_config(tmp_path, text):
     for read in (read_config, functools.partial(claim_run_dir, cfg=RunConfig())):
         with refuses(f"{tmp_path / 'config.json'} cannot be read: ") as refusal:
             read(tmp_path)
-        assert str(refusal.value).endswith("; mend the file, or use another --run-dir")
+        assert str(refusal.value).endswith("; use another --run-dir")

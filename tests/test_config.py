@@ -106,7 +106,7 @@ IMPOSSIBLE = [  # (class, fields, what the message says)
     (Data, {"valid_fraction": 0.0}, "valid_fraction=0.0 must be between 0 and 1; 0.1 holds out a tenth"),
     (Data, {"valid_fraction": 1.0}, "valid_fraction=1.0 must be between 0 and 1"),
     (Optim, {"peak_lr": 0.0}, "peak_lr=0.0 must be positive; try 1e-3"),
-    (Optim, {"end_lr": 1e-2}, "end_lr=0.01 must be between 0 and peak_lr=0.001"),
+    (Optim, {"end_lr": 1e-2}, "end_lr=0.01 must be from 0 to peak_lr=0.001; lower --optim.end-lr, too"),
     (Optim, {"beta1": 1.0}, "beta1=1.0 must be in [0, 1)"),
     (Optim, {"beta2": -0.5}, "beta2=-0.5 must be in [0, 1)"),
     (Optim, {"eps": 0.0}, "eps=0.0 must be positive; Adam's usual value is 1e-8"),
@@ -120,9 +120,11 @@ IMPOSSIBLE = [  # (class, fields, what the message says)
     (Run, {"data": Data(seq_len=2048)}, "data.seq_len=2048 exceeds model.max_len=1024; raise model.max_len or"),
     (config.LoraConfig, {"rank": -1}, "lora.rank=-1 must not be negative; 0 trains all parameters"),
     (config.LoraConfig, {"alpha": 0.0}, "lora.alpha=0.0 must be positive; twice the rank is usual"),
+    (config.LoraConfig, {"alpha": 8.0}, "lora.alpha=8.0 has no effect with lora.rank=0, which trains all parameters"),
+    (config.LoraConfig, {"targets": "q"}, "lora.targets='q' has no effect with lora.rank=0"),
     (Run, {"lora": config.LoraConfig(rank=4)}, "lora.rank=4 needs a model to adapt; give --init"),
     (Run, {"run_dir": ""}, "run_dir='' names no directory; use --run-dir runs/NAME"),
-    (Run, {"train": Train(n_steps=50)}, "optim.warmup_steps=100 exceeds train.n_steps=50; shorten the warm-up"),
+    (Run, {"train": Train(n_steps=50)}, "optim.warmup_steps=100 exceeds train.n_steps=50; shorten it by --optim"),
 ]  # fmt: skip
 
 

@@ -86,6 +86,7 @@ def test_few_shapes_are_compiled(tiny):
     [
         ([], {}, r"texts=\[\]: give at least one text"),
         ("one", {}, r"texts='one' is one text; wrap it as \[text\]"),
+        (["a", 3], {}, r"texts holds \[3\], which is no text; give strings"),
         (["a"], {}, "max_len=256 must be from 3, room for a token, to 24, the model's max_len"),
         (["a"], {"max_len": 2}, "max_len=2 must be from 3, room"),
         (["a"], {"max_len": 9, "batch_size": 0}, "batch_size=0 must be at least 1"),

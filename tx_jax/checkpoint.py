@@ -52,7 +52,7 @@ def read_config(run_dir: RunDir) -> RunConfig:
     try:
         return from_json(RunConfig, path.read_text(encoding="utf-8"))
     except (InputError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {error}; mend the file, or use another --run-dir") from error
+        raise InputError(f"{path} cannot be read: {error}; use another --run-dir") from error
 
 
 def claim_run_dir(run_dir: RunDir, cfg: RunConfig) -> None:

@@ -198,7 +198,7 @@ class OptimConfig:
         check(self)
         require(self.peak_lr > 0, f"peak_lr={self.peak_lr} must be positive; try 1e-3")
         low, peak = self.end_lr, self.peak_lr
-        require(0 <= low <= peak, f"end_lr={low} must be between 0 and peak_lr={peak}")
+        require(0 <= low <= peak, f"end_lr={low} must be from 0 to peak_lr={peak}; lower --optim.end-lr, too")
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             require(0 <= value < 1, f"{name}={value} must be in [0, 1)")
@@ -260,6 +260,10 @@ class LoraConfig:
         check(self)
         require(self.rank >= 0, f"lora.rank={self.rank} must not be negative; 0 trains all parameters")
         require(self.alpha > 0, f"lora.alpha={self.alpha} must be positive; twice the rank is usual")
+        for field in dataclasses.fields(self) if not self.rank else ():
+            value = getattr(self, field.name)
+            rule = f"lora.{field.name}={value!r} has no effect with lora.rank=0, which trains all parameters"
+            require(value == field.default, f"{rule}; give --lora.rank 8, or leave it out")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -285,7 +289,7 @@ class RunConfig:
         warm, total = self.optim.warmup_steps, self.train.n_steps
         require(
             warm <= total or self.optim.schedule == "constant",
-            f"optim.warmup_steps={warm} exceeds train.n_steps={total}; shorten the warm-up",
+            f"optim.warmup_steps={warm} exceeds train.n_steps={total}; shorten it by --optim.warmup-steps",
         )
         decay = self.optim.decay_steps
         require(

@@ -39,7 +39,9 @@ def read_object(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             content = file.read(LIMIT + 1)
     except OSError as error:
-        raise InputError(f"cannot read {path} ({error.strerror}); give a directory in Hugging Face's layout") from error
+        raise InputError(
+            f"cannot read {path} ({error.strerror}); give the directory of a model, or of a run"
+        ) from error
     require(len(content) <= LIMIT, f"{path} has more than {LIMIT:,} bytes, as no config has; fetch it again")
     try:
         values = json.loads(content)
@@ -54,7 +56,7 @@ def _from_dict(kind: type[C], values: Any) -> C:
     require(isinstance(values, dict), f"{name}={values!r} must be a JSON object of its fields")
     fields: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(kind)}  # pyright: ignore
     unknown = sorted(set(values) - set(fields))
-    require(not unknown, f"{name} has no field {', '.join(unknown)}; its fields are {', '.join(fields)}")
+    require(not unknown, f"{name} has no field {', '.join(unknown[:3])}; its fields are {', '.join(fields)}")
     nested = {
         key: _from_dict(fields[key], value) for key, value in values.items() if dataclasses.is_dataclass(fields[key])
     }

@@ -42,6 +42,8 @@ def encode_text(
     """
     require(not isinstance(texts, str), f"texts={texts!r:.40} is one text; wrap it as [text]")
     require(len(texts), "texts=[]: give at least one text")
+    wrong = [text for text in texts if not isinstance(text, str)]
+    require(not wrong, f"texts holds {wrong[:1]!r:.40}, which is no text; give strings")
     require(batch_size >= 1, f"batch_size={batch_size} must be at least 1")
     frame, longest = tokenizer.encode("", add_special_tokens=True), model.cfg.max_len
     rule = f"max_len={max_len} must be from {len(frame) + 1}, room for a token, to {longest}, the model's max_len"

@@ -66,6 +66,8 @@ def test_what_no_family_holds_is_refused_with_the_fields_that_differ(cfg, text, 
         tx.save_pretrained(tmp_path, cfg, {})
     with pytest.raises(InputError, match="architecture='Llama' is not one of GPT2LMHeadModel, LlamaForCausalLM"):
         tx.save_pretrained(tmp_path, cfg, {}, architecture="Llama")
+    with pytest.raises(InputError, match=r".+; architecture='T5ForCondi\w+' cannot hold this model; leave it out"):
+        tx.save_pretrained(tmp_path, cfg, {}, architecture="T5ForConditionalGeneration")
     assert not [*tmp_path.iterdir()]
 
 

@@ -133,7 +133,7 @@ def test_a_config_that_is_no_json_object(content, text, tmp_path):
     with pytest.raises(InputError, match=text):
         tx.load_pretrained(tmp_path)
     (tmp_path / "config.json").unlink()
-    with pytest.raises(InputError, match=r"cannot read .*config.json \(No such file.*; give a directory in Hugging"):
+    with pytest.raises(InputError, match=r"cannot read .*config.json \(No such file.*; give the directory of a model"):
         tx.load_pretrained(tmp_path)
 
 

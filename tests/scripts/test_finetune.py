@@ -138,6 +138,7 @@ REFUSED = {  # flags after those of the run: what the message says
     "--run-dir {new} --data.seq-len 49": "data.seq_len=49 exceeds the 48 tokens of {public}; shorten it",
     "--run-dir {new} --lora.rank 2 --lora.targets c_attn": "targets='c_attn' matches no parameter; there are stack/",
     "--run-dir {new} --init nothing": "model 'nothing' does not exist; give a name (smollm2, minilm), a directory in",
+    "--run-dir {new} --init {blind}": "init='{blind}' is an encoder, which does not go on from text; give a decoder",
     "--run-dir {new} --init {mute}": "{mute} holds no tokenizer; give a model with one of tokenizer.json",
     "--run-dir {new} --init {short}": "init='{short}' has a tokenizer of 265 ids for 50 vectors; they are of two",
 }  # fmt: skip
@@ -151,6 +152,10 @@ def test_refused(train, tuned, public, command, tmp_path, capsys, flags):
         cfg = dataclasses.replace(MODEL, vocab_size=size)
         save_pretrained(names[name], cfg, tx.init_params(tx.build(cfg), jax.random.key(1)))
     load_tokenizer(public).save(names["short"])
+    names["blind"] = tmp_path / "blind"
+    cfg = dataclasses.replace(tx.presets.bert_base(), vocab_size=272, d_model=16, n_layers=1, n_heads=2)
+    save_pretrained(names["blind"], cfg, tx.init_params(tx.build(cfg), jax.random.key(1)))
+    load_tokenizer(public).save(names["blind"])
     with pytest.raises(SystemExit, match="2"):
         train([*command, *flags.format(**names).split()])
     assert REFUSED[flags].format(**names) in capsys.readouterr().err

@@ -98,6 +98,14 @@ def test_a_run_of_train_py_is_exported_with_its_tokenizer(run, tmp_path, capsys)
     [
         ("{public} {public}", "dst='{public}' is there already; name a new directory"),
         ("{public} {new} --dtype bfloat16", "dtype='bfloat16': a run directory holds float32; leave it out, or"),
+        (
+            "{public} {new} --architecture LlamaForCausalLM",
+            "architecture='LlamaForCausalLM' is of transformers, not of",
+        ),
+        (
+            "{public} {new} --to hugging_face --architecture GPT2LMHeadModel",
+            "='GPT2LMHeadModel' cannot hold this model",
+        ),
         ("{public} {new} --to hugging_face --architecture Nope", "architecture='Nope' is not one of GPT2LMHeadModel"),
         ("{new} {new}", "model '{new}' does not exist; give a name"),
     ],

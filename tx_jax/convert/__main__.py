@@ -32,9 +32,10 @@ Layout = Literal["hugging_face", "run"]
 class Args:
     """Weights from one layout to the other."""
 
-    src: tyro.conf.Positional[str]  # a run directory, a Hugging Face directory, a GGUF file, a name, or hf://ORG/NAME
-    dst: tyro.conf.Positional[str]  # a directory that is not there yet
-    to: Layout | None = None  # None: run, if SRC is a Hugging Face directory, otherwise hugging_face
+    # a run directory, a Hugging Face directory, a GGUF file, a name, or hf://ORG/NAME
+    src: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SRC")]
+    dst: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DST")]  # a directory that is not there yet
+    to: Layout | None = None  # None: run for a Hugging Face directory, hugging_face for all else
     dtype: Literal["float32", "bfloat16", "float16"] | None = None  # of the weights; None: as they are
     architecture: str | None = None  # of transformers, where several fit; None: the source's, or the first that fits
     verify: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # compare logits with those of transformers
@@ -59,6 +60,8 @@ def main(argv: list[str]) -> None:
     require(fits, f"dtype={args.dtype!r}: a run directory holds float32; leave it out, or write --to hugging_face")
     for name in ("transformers", "torch") if args.verify else ():
         _reference(name)  # refuses before anything is written
+    fits = to == "hugging_face" or args.architecture is None
+    require(fits, f"architecture={args.architecture!r} is of transformers, not of a run directory; leave it out")
     source = open_source(src)
     WRITERS[to](args, source, open_tokenizer(src), dst)
     print(f"{dst}: {count_params(source.cfg):,} parameters, written as {to}")

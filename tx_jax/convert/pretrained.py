@@ -218,13 +218,14 @@ def find_family(cfg: ModelConfig, architecture: str | None = None) -> tuple[Fami
     known = ", ".join(dict.fromkeys(family.architecture for family in FAMILIES))
     families = [family for family in FAMILIES if architecture in (None, family.architecture)]
     require(families, f"architecture={architecture!r} is not one of {known}")
-    nearest: list[str] | None = None
+    nearest, reason = list[str](), ""
     for family in families:
         for biases in dict.fromkeys((cfg.biases, *WIDER[cfg.biases])):
             wide = dataclasses.replace(cfg, biases=biases)
             try:
                 back = read_model_config(family.base, family.fields, write_config(family, wide), family.architecture)
-            except InputError:
+            except InputError as error:
+                reason = str(error)
                 continue
             wanted, found = (dataclasses.asdict(resolved(one)) for one in (wide, back))
             differs = [name for name in wanted if wanted[name] != found[name]]
@@ -234,9 +235,11 @@ def find_family(cfg: ModelConfig, architecture: str | None = None) -> tuple[Fami
                 differs = []  # the head's presence says it
             if not differs:
                 return family, wide
-            if nearest is None or len(differs) < len(nearest):
+            if not nearest or len(differs) < len(nearest):
                 nearest = [f"{name}={wanted[name]!r} ({family.architecture} has {found[name]!r})" for name in differs]
-    raise InputError(f"no architecture that is written here has {', '.join(nearest or ['this'])}; write it yourself")
+    why = f"no architecture that is written here has {', '.join(nearest)}" if nearest else reason
+    named = f"architecture={architecture!r} cannot hold this model; leave it out"
+    raise InputError(f"{why}; {'write it yourself' if architecture is None else named}")
 
 
 WIDER = {  # biases that hold those of the key, others being zero

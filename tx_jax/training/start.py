@@ -46,6 +46,8 @@ def open_start(cfg: RunConfig, text: str) -> Start:
         path = find_source(cfg.init)
         source, tokenizer = open_source(path), load_tokenizer(path)
         model, load = source.cfg, functools.partial(source.load, "float32")
+    stack = model.stack
+    require(stack == "decoder", f"init={cfg.init!r} is an {stack}, which does not go on from text; give a decoder")
     ids, known, long = tokenizer.vocab_size, model.vocab_size or 0, cfg.data.seq_len
     require(ids <= known, f"init={cfg.init!r} has a tokenizer of {ids} ids for {known} vectors; they are of two models")
     require(long <= model.max_len, f"data.seq_len={long} exceeds the {model.max_len} tokens of {cfg.init}; shorten it")
