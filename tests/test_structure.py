@@ -15,7 +15,7 @@ RANKS = {  # of every module of the package
     "training.losses": 0, "decoding.samplers": 0,
     "data.tokenizers": -2, "data.wheels": -1, "data.corpora": 0, "data.batches": 0,
     "convert.files": 0, "convert.named": 0,
-    "data.libraries": -1, "data.byte_ranks": 0, "data.subwords": 1,
+    "data.libraries": -1, "data.byte_ranks": 0, "data.sentencepieces": 0, "data.subwords": 1,
     "data.trained": 2, "data.vocabularies": 2, "data.vocabulary_files": 3, "data.chat": 2,
     "presets": 1, "lora": 1, "cache": 1, "parallel": 1, "checkpoint": 1, "training.optim": 1, "modules.linear": 1,
     "modules.mlp": 2, "modules.norms": 2, "modules.positions": 2, "command_line": 2,

@@ -1,6 +1,7 @@
 """Tokenizers of public models: the ids of the libraries that read the same files, streaming, special tokens, errors."""
 
 import base64
+import io
 import json
 import sys
 
@@ -225,3 +226,46 @@ def test_a_missing_package_is_named(make, missing, extra, monkeypatch):
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(InputError, match=rf"^tokenizer needs the package {missing}; pip install 'tx_jax\[{extra}\]'$"):
         make()
+
+
+def words_that_are_special():
+    """Tokenizers that find "<end>" in every text, as a word of the vocabulary: by name, (tokenizer, its id)."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocab = {"<unk>": 0, "<end>": 1, "hi": 2, "<": 3, "e": 4, "n": 5, "d": 6, ">": 7, "end>": 8}
+    found = {}
+    for name, model in {
+        "words": models.WordLevel(vocab, unk_token="<unk>"),
+        "word pieces": models.WordPiece(vocab | {"##end>": 9}, unk_token="<unk>"),
+        "whole words": models.BPE(vocab, [], unk_token="<unk>", ignore_merges=True),
+        "unigrams": models.Unigram([(piece, -1.0) for piece in vocab], unk_id=0),
+    }.items():
+        tokenizer = Tokenizer(model)
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        tokenizer.add_special_tokens(["<unk>", "<end>"])
+        found[name] = SubwordTokenizer(tokenizer.to_str())
+    library, model = pytest.importorskip("sentencepiece"), io.BytesIO()
+    lines = {"sentence_iterator": iter(["hi end hide"] * 9), "vocab_size": 40, "user_defined_symbols": ["<end>"]}
+    library.SentencePieceTrainer.train(**lines, hard_vocab_limit=False, model_writer=model, minloglevel=5)
+    pieces = model.getvalue()
+    end = SentencePieceTokenizer(pieces).token_id("<end>")
+    return found | {"sentencepiece": SentencePieceTokenizer(pieces, special=(("<end>", end),))}
+
+
+@pytest.mark.parametrize("name", ["words", "word pieces", "whole words", "unigrams", "sentencepiece"])
+@pytest.mark.parametrize("text", ["hi <end> hi", "<end>", "<end><end>hi", "<<end>>"])
+def test_a_special_token_that_is_typed_stays_text_whatever_the_vocabulary(name, text):
+    pytest.importorskip("tokenizers")
+    tokenizer = words_that_are_special()[name]
+    end = tokenizer.special_tokens["<end>"]
+    assert end not in tokenizer.encode(text)
+    assert tokenizer.encode("hi <end> hi", special=True).tolist().count(end) == 1
+
+
+def test_a_special_token_that_cannot_be_text_is_refused():
+    from tokenizers import Tokenizer, models
+
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "!": 1}, unk_token="a"))
+    tokenizer.add_special_tokens(["!"])
+    with pytest.raises(InputError, match=r"^the text holds !, which this tokenizer cannot read as text; leave it out$"):
+        SubwordTokenizer(tokenizer.to_str()).encode("!")

@@ -7,7 +7,7 @@ reads the file: `tokenizers`, `sentencepiece` or `tiktoken`. These are extras, i
 
 import dataclasses
 import functools
-import itertools
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,19 +19,29 @@ from jaxtyping import Int32
 from tx_jax.data.byte_ranks import TiktokenTokenizer
 from tx_jax.data.libraries import (
     AGAIN,
-    added,
     check_ends,
     config_of,
     each,
     one_line,
     package,
     row,
-    split_at,
     stream_by_windows,
     write_vocabulary,
 )
+from tx_jax.data.sentencepieces import SentencePieceTokenizer
 from tx_jax.data.tokenizers import Ids, checked_ids, utf8
 from tx_jax.errors import require
+
+
+@functools.lru_cache(maxsize=2)
+def _built(content: str) -> Any:
+    """The library's tokenizer of a tokenizer.json."""
+    library = package("tokenizers", "hf")
+    with one_line("the tokenizer.json is malformed", AGAIN):
+        tokenizer = library.Tokenizer.from_str(content)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,31 +83,34 @@ class SubwordTokenizer:
         tokenizer.train_from_iterator([text], trainer)
         return cls(tokenizer.to_str())
 
-    def _built(self) -> Any:
-        library = package("tokenizers", "hf")
-        with one_line("the tokenizer.json is malformed", AGAIN):
-            tokenizer = library.Tokenizer.from_str(self.json)
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        return tokenizer
-
     @functools.cached_property
     def _reads_special(self) -> Any:
-        return self._built()
+        return _built(self.json)
 
     @functools.cached_property
     def _reads_text(self) -> Any:
-        library, tokenizer = package("tokenizers", "hf"), self._built()
+        tokenizer = _built.__wrapped__(self.json)
         tokenizer.encode_special_tokens = True  # the library's name for: leave special tokens in a text alone
-        names = [name for name in self.special_tokens if len(name) > 1]
-        if names and isinstance(
-            tokenizer.model, library.models.Unigram
-        ):  # which finds the name all the same, as a word
-            first = "|".join(f"{re.escape(name[0])}(?={re.escape(name[1:])})" for name in names)
-            cut = library.pre_tokenizers.Split(library.Regex(first), "isolated")
-            before = [tokenizer.pre_tokenizer] if tokenizer.pre_tokenizer else []
-            tokenizer.pre_tokenizer = library.pre_tokenizers.Sequence([*before, cut])
         return tokenizer
+
+    @functools.cached_property
+    def _cuts_names(self) -> Any:
+        """What reads a text in which the name of a special token is a word of the vocabulary, too."""
+        library, tokenizer = package("tokenizers", "hf"), _built.__wrapped__(self.json)
+        tokenizer.encode_special_tokens = True
+        names = (name for name in self.special_tokens if len(name) > 1)
+        first = "|".join(f"{re.escape(name[0])}(?={re.escape(name[1:])})" for name in names)
+        cut = library.pre_tokenizers.Split(library.Regex(first), "isolated")
+        before = [tokenizer.pre_tokenizer] if tokenizer.pre_tokenizer else []
+        tokenizer.pre_tokenizer = library.pre_tokenizers.Sequence([*before, cut])
+        return tokenizer
+
+    @functools.cached_property
+    def _never_text(self) -> frozenset[int]:
+        """The ids that no text has: special ones, but for that of what is unknown."""
+        model = json.loads(self.json).get("model", {})
+        unknown = {model.get("unk_id"), self.special_tokens.get(model.get("unk_token"))}
+        return frozenset(self.special_tokens.values()) - unknown
 
     @functools.cached_property
     def vocab_size(self) -> int:
@@ -129,9 +142,20 @@ class SubwordTokenizer:
             InputError: the text holds a lone surrogate.
         """
         utf8(text)
-        tokenizer = self._reads_special if special else self._reads_text
         with one_line("the tokenizer cannot encode the text", "its tokenizer.json has no token for it"):
-            return row(tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+            if special:
+                return row(self._reads_special.encode(text, add_special_tokens=add_special_tokens).ids)
+            found = self._reads_text.encode(text, add_special_tokens=add_special_tokens)
+            if self._forged(found):
+                found = self._cuts_names.encode(text, add_special_tokens=add_special_tokens)
+            forged = self._forged(found)
+        require(not forged, f"the text holds {forged}, which this tokenizer cannot read as text; leave it out")
+        return row(found.ids)
+
+    def _forged(self, found: Any) -> str:
+        """The names of the special tokens that a text became, but for those that stand around it."""
+        ids = (i for i, around in zip(found.ids, found.special_tokens_mask, strict=True) if not around)
+        return ", ".join(sorted({self.token(i) for i in ids if i in self._never_text}))
 
     def decode(self, ids: Ids, *, special: bool = False) -> str:
         """The text of the ids, with the names of special tokens only if asked for.
@@ -160,108 +184,6 @@ class SubwordTokenizer:
         """
         config = {"tokenizer_class": "PreTrainedTokenizerFast", **config_of(self), **dict(self.roles)}
         write_vocabulary(directory, "tokenizer.json", self.json.encode("utf-8"), config)
-
-
-@dataclasses.dataclass(frozen=True)
-class SentencePieceTokenizer:
-    """What a SentencePiece model says: `tokenizer.model` of LLaMA 1 and 2, Mistral, Gemma; `spiece.model` of T5."""
-
-    model: bytes = dataclasses.field(repr=False)  # the content of the file
-    bos_id: int | None = None  # begins a text
-    eos_ids: tuple[int, ...] = ()  # each ends one; the first is the one to write
-    chat_template: str | None = dataclasses.field(default=None, repr=False)  # Jinja, for data.chat
-    add_bos: bool = False  # `add_special_tokens=True` puts bos_id before a text
-    add_eos: bool = False  # and the first of eos_ids after it
-    special: tuple[tuple[str, int], ...] = ()  # tokens that are no text, besides the control tokens of the model
-
-    def __post_init__(self) -> None:
-        check_ends(self.vocab_size, (self.bos_id, *self.eos_ids))
-        require(self.bos_id is not None or not self.add_bos, "add_bos=True needs a bos_id")
-        require(self.eos_ids or not self.add_eos, "add_eos=True needs eos_ids")
-
-    @functools.cached_property
-    def _processor(self) -> Any:
-        processor = package("sentencepiece", "sentencepiece").SentencePieceProcessor()
-        with one_line("the SentencePiece model is malformed", AGAIN):
-            processor.LoadFromSerializedProto(self.model)
-            processor.encode("")  # fails where there is no model, for which an empty file passes
-        return processor
-
-    @functools.cached_property
-    def special_tokens(self) -> Mapping[str, int]:
-        """The ids of the tokens that are no text, by name."""
-        control = (i for i in range(self._processor.vocab_size()) if self._processor.is_control(i))
-        return {self._processor.id_to_piece(i): i for i in control} | dict(self.special)
-
-    @functools.cached_property
-    def vocab_size(self) -> int:
-        """One more than the largest id; an id that stands for no token, between the others, is no text."""
-        return max(self._processor.vocab_size(), 1 + max(self.special_tokens.values(), default=-1))
-
-    @property
-    def own_ends(self) -> tuple[int | None, int | None]:
-        """The ids with which the model itself says that a text begins and ends; None: with none."""
-        bos, eos = self._processor.bos_id(), self._processor.eos_id()
-        return bos if bos >= 0 else None, eos if eos >= 0 else None
-
-    @functools.cached_property
-    def _names(self) -> Mapping[int, str]:
-        return {i: name for name, i in self.special_tokens.items()}
-
-    def token(self, i: int) -> str:
-        """The name of a token in the file."""
-        known = i < self._processor.vocab_size()
-        return self._names.get(i) or (self._processor.id_to_piece(i) if known else "")
-
-    def token_id(self, name: str) -> int | None:
-        """The id of a token by its name in the file; None: there is none."""
-        i = self._processor.piece_to_id(name)
-        return self.special_tokens.get(name, i if self.token(i) == name else None)
-
-    def encode(self, text: str, *, special: bool = False, add_special_tokens: bool = False) -> Int32[np.ndarray, " T"]:
-        """The ids of the text; the arguments are those of `SubwordTokenizer.encode`.
-
-        Each stretch of text between special tokens is encoded alone, with the leading space that a text is given.
-
-        Raises:
-            InputError: the text holds a lone surrogate.
-        """
-        utf8(text)
-        known = self.special_tokens if special else {}
-        pieces = (piece for piece in split_at(text, known) if piece)
-        ids = [[known[piece]] if piece in known else self._processor.encode(piece) for piece in pieces]
-        before = [self.bos_id] if add_special_tokens and self.add_bos and self.bos_id is not None else []
-        after = self.eos_ids[:1] if add_special_tokens and self.add_eos else []
-        return row(itertools.chain(before, *ids, after))
-
-    def decode(self, ids: Ids, *, special: bool = False) -> str:
-        """The text of the ids, with the names of special tokens only if asked for.
-
-        Raises:
-            InputError: an id is negative, or vocab_size or more, or ids are not one row.
-        """
-        size = self._processor.vocab_size()
-        given = checked_ids(ids, self.vocab_size).tolist()
-        names = self._names if special else {}
-        runs = itertools.groupby((i for i in given if special or i not in self._names), key=names.get)
-        return "".join(
-            self._processor.decode([i for i in run if i < size]) if name is None else name * len(list(run))
-            for name, run in runs
-        )
-
-    def stream(self, ids: Iterable[SupportsIndex]) -> Iterator[str]:
-        """The text of the ids as they come, each character once it is whole; joined, it is what `decode` gives."""
-        shown = (i for i in each(ids, self.vocab_size) if i not in self._names)
-        return stream_by_windows(shown, self.decode, lambda i: False)
-
-    def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write `tokenizer.model` and `tokenizer_config.json`, which `find_tokenizer` reads.
-
-        Raises:
-            InputError: the directory holds a tokenizer of another kind.
-        """
-        adds = {"add_bos_token": self.add_bos, "add_eos_token": self.add_eos}
-        write_vocabulary(directory, "tokenizer.model", self.model, {**config_of(self), **adds, **added(self.special)})
 
 
 Subwords = SubwordTokenizer | SentencePieceTokenizer | TiktokenTokenizer
