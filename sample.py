@@ -5,6 +5,7 @@ Text goes to standard output, speeds to standard error.
 """
 
 import dataclasses
+import io
 import itertools
 import sys
 import time
@@ -50,11 +51,12 @@ class Args:
     step: int | None = None  # of a run's checkpoint; None: the newest
 
     def __post_init__(self) -> None:
-        n, heat = self.num_samples, self.temperature
+        n, heat, new = self.num_samples, self.temperature, self.max_new_tokens
         require(n >= 1, f"num_samples={n} must be at least 1; leave it out for one")
         streams = "--interactive" * self.interactive or "--stream" * self.stream
         require(n == 1 or not streams, f"num_samples={n} cannot be streamed; leave out {streams}, or ask for one")
         require(heat is None or heat >= 0, f"temperature={heat} must be 0, which is greedy, or more")
+        require(new is None or new >= 1, f"max_new_tokens={new} must be at least 1")
         require(0 <= self.seed < 2**32, f"seed={self.seed} must be from 0 to 2³² − 1")
         require(
             not (self.interactive and self.prompt), "--interactive reads what you type, not --prompt; leave one out"
@@ -238,11 +240,16 @@ def converse(writer: Writer, system: str | None) -> None:
 
     for line in messages_typed():
         said.append(line)
-        said.append(show(writer, "", answer(encode_chat(tokenizer, messages(system, *said)))))
+        while len(ids := encode_chat(tokenizer, messages(system, *said))) >= model.cfg.max_len and len(said) > 2:
+            del said[:2]
+            print("the conversation is too long: its oldest turn is forgotten", file=sys.stderr)
+        said.append(show(writer, "", answer(ids)))
 
 
 def messages_typed() -> Iterator[str]:
-    """The lines of standard input that are not empty."""
+    """The lines of standard input that are not empty; bytes that are no UTF-8 become U+FFFD."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
     while True:
         print("> " * sys.stdin.isatty(), end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()

@@ -155,6 +155,20 @@ def restore_params(run_dir: RunDir, abstract_params: PyTree, step: int | None = 
     return _load(step_dir(run_dir, step), {"params": abstract_params})[0]["params"]
 
 
+def stored_params(run_dir: RunDir, step: int | None = None) -> dict[str, Any]:
+    """The shapes of the parameters saved at `step` (None: the newest), in dictionaries whatever they were.
+
+    Raises:
+        InputError: there is no such checkpoint, or it cannot be read.
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    path = step_dir(run_dir, step)
+    with _one_line(path):
+        saved = ocp.checkpointables_metadata(str(path)).metadata["params"]
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), saved)
+
+
 class _Base(NamedTuple):
     step: Any
     params: Any

@@ -56,6 +56,19 @@ def init_lora(params: PyTree, key: PRNGKeyArray, rank: int, targets: str = TARGE
     return tree
 
 
+def as_adapters(tree: Any) -> Any:
+    """Adapters from the dictionaries of their fields: what a file holds of them.
+
+    >>> as_adapters({"q": {"kernel": {"a": 1, "b": 2}}})
+    {'q': {'kernel': Adapter(a=1, b=2)}}
+
+    Raises:
+        InputError: the tree holds something else.
+    """
+    require(isinstance(tree, dict), "these parameters are no adapters; use the configuration they were saved with")
+    return Adapter(**tree) if set(tree) == {"a", "b"} else {name: as_adapters(part) for name, part in tree.items()}
+
+
 def _matches(targets: str, names: list[str]) -> list[str]:
     try:
         found = [name for name in names if re.search(targets, name)]

@@ -158,6 +158,11 @@ def test_logits_of_fewer_bits(kind, tmp_path):
     compare(tx.load_pretrained(path), theirs(model))
 
 
+def test_a_factor_without_a_type_is_linear(tmp_path):
+    path = written(tmp_path / "model.gguf", "gguf llama2", llama__rope__scaling__factor=4.0)
+    assert tx.load_pretrained(path).cfg.rotary == tx.RotaryConfig(scaling="linear", factor=4.0)
+
+
 def test_older_files_of_gemma2_leave_its_caps_and_window_out(tmp_path):
     absent = ("attn_logit_softcapping", "final_logit_softcapping", "attention__sliding_window")
     path = written(tmp_path / "model.gguf", "gguf gemma2", **{f"gemma2__{key}": None for key in absent})

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 
 import jax
 import numpy as np
@@ -70,12 +71,15 @@ def same(found, wanted):
         (LLAMA | {"rope_parameters": {"rope_type": "dynamic"}}, "rope_type='dynamic' is not honoured"),
         (LLAMA | {"rope_scaling": {"type": "linear", "factor": 2.0, "x": 1}}, "x=1, which is not honoured for"),
         (LLAMA | {"rope_scaling": {"type": "linear", "factor": "2"}}, "factor='2' must be a positive float"),
+        (LLAMA | {"rope_scaling": {"type": "linear"}}, "rope_scaling of 'linear' has no factor; take the file from"),
+        (LLAMA | {"rope_scaling": []}, r"rope_scaling=\[\] must be an object"),
+        (LLAMA | {"intermediate_size": None}, "intermediate_size=None must be a positive int"),
         (LLAMA | {"rope_scaling": "linear"}, "rope_scaling='linear' must be an object"),
         (LLAMA | {"rope_parameters": {"full_attention": {}}}, "full_attention={}, which is not honoured for 'default'"),
         (BERT | {"position_embedding_type": "relative_key"}, "position_embedding_type='relative_key' is not honoured"),
         (QWEN3 | {"layer_types": ["full_attention"]}, "layer_types has .*; it must have one of each of the 2 layers"),
         (QWEN3 | {"layer_types": ["chunked_attention"] * 2}, "layer_types='chunked_attention' is not honoured"),
-        (LLAMA | {"num_hidden_layers": 10**12}, "num_hidden_layers=1000000000000 must be from 1 to 10000"),
+        (LLAMA | {"num_hidden_layers": 10**12}, "num_hidden_layers=1000000000000 must be from 1 to 1000"),
         (LLAMA | {"num_hidden_layers": "2"}, "num_hidden_layers='2' must be from 1"),
         (LLAMA | {"hidden_size": "8"}, "d_model='8' is str; it must be int"),
         (LLAMA | {"hidden_size": -8}, "d_model=-8 must be at least 1"),
@@ -205,6 +209,37 @@ def test_the_file_of_a_bare_gpt2_leaves_its_prefix_out(tmp_path):
     same(tx.load_pretrained(tmp_path / "bare").params, params)
 
 
+def test_a_tensor_under_two_names_is_refused(whole, tmp_path):
+    values, tensors = whole
+    put(tmp_path, values, tensors | {"norm.weight": tensors["model.norm.weight"] + 1})
+    with pytest.raises(InputError, match=r"has norm.weight under two names, with and without a prefix; remove one"):
+        tx.load_pretrained(tmp_path)
+
+
+def test_parameters_of_another_model_are_not_written(params, tmp_path):
+    norm = {"stack": params["stack"] | {"last_norm": {"scale": np.ones(7)}}}
+    for other, text in (
+        (without(params, "head"), "params has no head/map/kernel, which its config has; give the parameters of this"),
+        (params | {"more": {"kernel": np.ones(3)}}, "params has more/kernel, which its config has not; give the"),
+        (params | norm, r"stack/last_norm/scale is \[7\] in params, and \[8\] by its config"),
+    ):
+        with pytest.raises(InputError, match=text):
+            tx.save_pretrained(tmp_path / "new", SMALL, other)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_config_of_many_layers_is_refused_at_once(whole, tmp_path):
+    types = ["sliding_attention"] * 999 + ["full_attention"]
+    started = time.perf_counter()
+    _, cfg = read_family(QWEN3 | {"num_hidden_layers": 1000, "layer_types": types}, "config.json")
+    assert cfg.window_pattern == "w" * 999 + "f"
+    empty = {f"{i}": np.ones((0,), np.float32) for i in range(3000)}
+    gpt2 = {"architectures": ["GPT2LMHeadModel"], "n_layer": 3000, "n_embd": 8, "n_head": 2}
+    with pytest.raises(InputError, match="has 3000 layers, more than 1000"):
+        tx.load_pretrained(put(tmp_path, gpt2, empty))
+    assert time.perf_counter() - started < 1
+
+
 def test_t5_v11_has_a_head_of_its_own(tmp_path):
     cfg = tx.ModelConfig(
         stack="encoder_decoder", vocab_size=11, max_len=32, d_model=8, n_layers=1, n_heads=2, positions="t5",
@@ -232,5 +267,8 @@ def test_dtypes(stored, params, tmp_path):
         assert {str(leaf.dtype) for leaf in leaves} == {wanted or stored}
     exact = jax.tree.map(lambda leaf: np.asarray(leaf.astype(stored).astype(np.float32)), params)
     same(tx.load_pretrained(tmp_path).params, exact)
+    large = jax.tree.map(lambda leaf: leaf + 1e5, params)
+    with pytest.raises(InputError, match=r"holds 1e\+05, beyond float16's 65504; use dtype bfloat16 or float32"):
+        tx.save_pretrained(tmp_path / "large", SMALL, large, architecture="LlamaForCausalLM", dtype="float16")
     with pytest.raises(InputError, match="dtype='int8' is not one of float32, bfloat16, float16, or None, as stored"):
         tx.load_pretrained(tmp_path, dtype="int8")

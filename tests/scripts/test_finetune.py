@@ -130,6 +130,13 @@ def test_adapters_beside_the_base_are_the_merged_model(tuned, public, tmp_path):
     assert_same(half, jax.tree.map(lambda leaf: leaf.astype("bfloat16"), merged))
 
 
+def test_the_pattern_in_a_run_of_anyone_is_not_run(tuned, tmp_path):
+    shutil.copytree(tuned / "lora", tmp_path / "run")
+    config = tmp_path / "run" / "config.json"
+    config.write_text(config.read_text().replace('"kernel$"', '"^([a-z/_0-9]+)+!$"'))
+    assert_same(load_pretrained(tmp_path / "run").params, load_pretrained(tuned / "lora").params)
+
+
 REFUSED = {  # flags after those of the run: what the message says
     "--run-dir {tuned}/all --init {tuned}/lora": "holds a run with init='{public}', not '{tuned}/lora'; use another",
     "--run-dir {tuned}/all --lora.rank 2": "holds a run with lora.rank=0, not 2; use another --run-dir",

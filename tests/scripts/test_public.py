@@ -73,6 +73,13 @@ def test_a_conversation_is_its_turns_read_at_once(public, write, monkeypatch):
     assert spoken.removeprefix(first) == tokenizer.decode(np.asarray(out.tokens[0, : out.lengths[0]])) + "\n"
 
 
+def test_a_long_conversation_forgets_its_oldest_turns(public, write, monkeypatch, capsys):
+    lines = ["the cat sat on a mat and slept. " * 8] * 6
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n" + "\n".join(lines).encode())))
+    spoken = write(public, "--interactive", "--temperature", 0, "--max-new-tokens", 30)
+    assert spoken.count("\n") >= 7
+
+
 def test_the_round_trip_over_a_run_directory_is_exact(public, tmp_path, write, capsys):
     convert([str(public), str(tmp_path / "run")])
     convert([str(tmp_path / "run"), str(tmp_path / "back")])

@@ -96,6 +96,7 @@ DECODERS = (
         (
             *sizes(32_000, 4096, 11_008, 32, 32, 2048), kv_heads(None), head_dim(None), GATED, eps(1e-6),
             tied(False), rope(), attention_bias(RMS_BIASES, "mlp_bias"),
+            only("is_llama_config", None, True), only("rope_interleaved", None, False),
         ),
         _llama(), prefix="model.", unused=LLAMA_UNUSED,
     ),
@@ -111,7 +112,7 @@ DECODERS = (
         "Qwen2ForCausalLM", "qwen2", LLAMA_BASE | {"biases": "qkv"},
         (
             *sizes(151_936, 4096, 22_016, 32, 32, 32_768), kv_heads(32), GATED, eps(1e-6),
-            tied(False), rope(), window(4096, switch=True),
+            tied(False), rope(), window(4096, switch=True), only("use_mrope", None, False),
         ),
         _llama(), prefix="model.", unused=LLAMA_UNUSED,
     ),

@@ -98,9 +98,7 @@ def _t5_table(up: Table) -> Table:
 
 T5_UNUSED = r".*\.EncDecAttention\.relative_attention_bias\.weight"  # of old files; transformers passes it over
 T5_REPEATS = {f"{stack}.embed_tokens.weight": "shared.weight" for stack in ("encoder", "decoder")}
-BART_ATTENTION: Table = {
-    f"{theirs}_proj": ours for theirs, ours in {"q": "q", "k": "k", "v": "v", "out": "out"}.items()
-}
+BART_ATTENTION: Table = {f"{name}_proj": name for name in ("q", "k", "v", "out")}
 BART_REPEATS = {f"model.{stack}.embed_tokens.weight": "model.shared.weight" for stack in ("encoder", "decoder")}
 
 
@@ -227,7 +225,8 @@ TRANSLATORS = (
     ),
     Family(
         "BartForConditionalGeneration", "bart",
-        BART_BASE | {"positions": "learned", "position_offset": 2, "norm_embeddings": True}, _bart_fields(50_265),
+        BART_BASE | {"positions": "learned", "position_offset": 2, "norm_embeddings": True},
+        (*_bart_fields(50_265), only("normalize_embedding", None, True), only("extra_pos_embeddings", None, 2)),
         _bart_table(**{"embed_positions.weight": "positions/table", "layernorm_embedding": "first_norm"}),
         prefix="model.", repeats=BART_REPEATS, absent=NO_BIAS,
     ),

@@ -59,7 +59,8 @@ def sizes(vocab: int, width: int, mlp: int, layers: int, heads: int, length: int
     """The names that nearly all families have for their sizes, with transformers' defaults."""
     return (
         copy("vocab_size", "vocab_size", vocab), copy("hidden_size", "d_model", width),
-        copy("intermediate_size", "F", mlp)._replace(read=lambda v: {"d_mlp": v["intermediate_size"]}),
+        copy("intermediate_size", "F", mlp)._replace(
+            read=lambda v: {"d_mlp": number("intermediate_size", v["intermediate_size"])}),
         copy("num_hidden_layers", "n_layers", layers), copy("num_attention_heads", "n_heads", heads),
         copy("max_position_embeddings", "max_len", length),
     )  # fmt: skip

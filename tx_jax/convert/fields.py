@@ -11,6 +11,7 @@ from tx_jax.config import ModelConfig, RotaryConfig
 from tx_jax.errors import InputError, require
 
 Values = Mapping[str, Any]
+MAX_LAYERS = 1000  # the deepest in use have some hundred
 
 
 class Field(NamedTuple):
@@ -91,7 +92,9 @@ WITHOUT_EFFECT = frozenset("""
     summary_first_dropout max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty
     temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
     encoder_no_repeat_ngram_size num_return_sequences exponential_decay_length_penalty remove_invalid_values
-    force_bos_token_to_be_generated n_ctx n_special predict_special_tokens cache_implementation
+    force_bos_token_to_be_generated n_ctx n_special predict_special_tokens cache_implementation _commit_hash
+    transformers.js_config directionality pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers
+    pooler_size_per_head pooler_type
 """.split())  # fmt: skip  # noqa: SIM905
 
 
@@ -104,6 +107,10 @@ def _read_scaling(rope: dict[str, Any], max_len: Any) -> dict[str, Any]:
     found: dict[str, Any] = {"scaling": "none" if kind == "default" else kind}
     if "original_max_position_embeddings" in names:
         found["original_len"] = max_len
+    missing = sorted(names.keys() - rope.keys() - MAY_BE_ABSENT)
+    require(
+        not missing, f"rope_scaling of {kind!r} has no {', '.join(missing)}; take the file from its publisher again"
+    )
     for key, value in rope.items():
         require(key in names, f"rope_scaling has {key}={value!r:.80}, which is not honoured for {kind!r}; remove it")
         found[names[key]] = number(key, value, int if names[key] == "original_len" else float)
@@ -122,6 +129,9 @@ SCALINGS = {  # of rotary angles: RotaryConfig's names of what each kind has
         "original_max_position_embeddings": "original_len",
     },
 }  # fmt: skip
+
+
+MAY_BE_ABSENT = {"beta_fast", "beta_slow", "original_max_position_embeddings"}
 
 
 def rope(
@@ -145,13 +155,13 @@ def rope(
     defaults |= {} if window_theta is None else {local_key: window_theta}
 
     def read(values: Values) -> dict[str, Any]:
-        found = values["rope_parameters"] or {}
+        found = {} if values["rope_parameters"] is None else values["rope_parameters"]
         require(isinstance(found, dict), f"rope_parameters={found!r:.80} must be an object")
         kinds = {"full_attention", "sliding_attention"}
         nested = found if window_theta is not None and set(found) & kinds else {"full_attention": found}
         require(set(nested) <= kinds, f"rope_parameters has {', '.join(nested):.80}; it may have {', '.join(kinds)}")
         full = dict(nested.get("full_attention") or {})
-        scaling = values["rope_scaling"] or {}
+        scaling = {} if values["rope_scaling"] is None else values["rope_scaling"]
         require(isinstance(scaling, dict), f"rope_scaling={scaling!r:.80} must be an object")
         base = full.pop("rope_theta", values[theta_key])
         part = 1.0 if fraction is None else full.pop("partial_rotary_factor", values[fraction_key])
@@ -235,8 +245,7 @@ def shortest(pattern: str) -> str:
     >>> shortest("wwfwwfww")
     'wwf'
     """
-    n = len(pattern)
-    return next(pattern[:size] for size in range(1, n + 1) if (pattern[:size] * n)[:n] == pattern)
+    return next(pattern[:size] for size in range(1, len(pattern) + 1) if pattern.startswith(pattern[size:]))
 
 
 COMMON = (  # of all families that do not say otherwise
@@ -259,7 +268,8 @@ def read_fields(fields: tuple[Field, ...], values: Values) -> dict[str, Any]:
     named = ", ".join(f"{key}={values[key]!r:.40}" for key in unknown[:3])
     require(not unknown, f"{named:.200} has no counterpart here; remove it from the file only if it has no effect")
     n = values.get("num_hidden_layers")
-    require(n is None or (type(n) is int and 0 < n <= 10_000), f"num_hidden_layers={n!r:.40} must be from 1 to 10000")
+    fits = n is None or (type(n) is int and 0 < n <= MAX_LAYERS)
+    require(fits, f"num_hidden_layers={n!r:.40} must be from 1 to {MAX_LAYERS}")
     found: dict[str, Any] = {}
     for field in fields:
         found |= field.read({key: values.get(key, known[key]) for key in field.defaults})

@@ -34,6 +34,8 @@ def _rope(window_base: float | None = None) -> Field:
 
     def read(v: Values) -> dict[str, Any]:
         kind = SCALINGS[one_of("rope.scaling.type", v["rope.scaling.type"], *SCALINGS)]
+        if v["rope.scaling.type"] is None and v["rope.scaling.factor"] != 1:
+            kind = "linear"  # as llama.cpp takes it
         heads, width = (number(key, v[key]) for key in ("attention.head_count", "embedding_length"))
         H = number("attention.key_length", v["attention.key_length"] or width // heads)
         turned = number("rope.dimension_count", v["rope.dimension_count"] or H)
@@ -154,10 +156,10 @@ def with_rope_freqs(cfg: ModelConfig, divisors: np.ndarray) -> ModelConfig:
     Raises:
         InputError: they are not.
     """
-    plain = rotary_frequencies(cfg.H, cfg.rotary.base)
+    plain, alone = rotary_frequencies(cfg.H, cfg.rotary.base), cfg.rotary == RotaryConfig(base=cfg.rotary.base)
     for factor in (8.0, 32.0):
         scaled = llama3_frequencies(cfg.H, cfg.rotary.base, factor, 8192, 1.0, 4.0)
-        if divisors.shape == plain.shape and np.allclose(plain / scaled, divisors, rtol=1e-4):
+        if alone and divisors.shape == plain.shape and np.allclose(plain / scaled, divisors, rtol=1e-4):
             rotary = RotaryConfig(base=cfg.rotary.base, scaling="llama3", factor=factor, original_len=8192)
             return ModelConfig(**{**vars(cfg), "rotary": rotary})
     raise InputError(f"{ROPE_FREQS} {divisors.tolist()!s:.80} is not that of Llama 3.1 or 3.2; it is not honoured")

@@ -143,12 +143,29 @@ def unpack(tensors: Tensors, names: dict[str, str], expected: dict[str, Entry], 
     return tree
 
 
+def check_leaves(params: dict, shapes: dict[str, Shape]) -> None:
+    """Hold a parameter tree to the leaves that a config has; a bias may be absent, and is zeros.
+
+    Raises:
+        InputError: one is missing, left over, or has another shape.
+    """
+    found = {name: np.shape(leaf) for name, leaf in _by_path(params).items()}
+    missing = [name for name in shapes if name not in found and not name.endswith("/bias")]
+    extra = [name for name in found if name not in shapes]
+    require(not missing, f"params has no {_few(missing)}, which its config has; give the parameters of this config")
+    require(not extra, f"params has {_few(extra)}, which its config has not; give the parameters of this config")
+    for name, shape in found.items():
+        require(shape == shapes[name], f"{name} is {list(shape)} in params, and {list(shapes[name])} by its config")
+
+
+def _by_path(params: dict) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
 def pack(params: dict, expected: dict[str, Entry], H: int) -> Iterator[tuple[str, np.ndarray]]:
     """The public tensors of a parameter tree, one after the other. A bias that the tree does not have is zeros."""
-    leaves = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
+    leaves = _by_path(params)
     dtype = next(iter(leaves.values())).dtype
     for name, entry in expected.items():
         parts = [

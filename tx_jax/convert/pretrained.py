@@ -22,11 +22,12 @@ from tx_jax.config_json import read_object
 from tx_jax.convert.decoders import DECODERS
 from tx_jax.convert.encoders import ENCODERS, TRANSLATORS
 from tx_jax.convert.family import Family
-from tx_jax.convert.fields import read_model_config
+from tx_jax.convert.fields import MAX_LAYERS, read_model_config
 from tx_jax.convert.files import INDEX, WEIGHTS, Tensors, open_safetensors, save_safetensors
 from tx_jax.convert.gguf import open_gguf
 from tx_jax.convert.gguf_models import ROPE_FREQS, gguf_values, with_rope_freqs
-from tx_jax.convert.mapping import check_names, entries, leaf_shapes, match_names, pack, unpack
+from tx_jax.convert.mapping import check_leaves, check_names, entries, leaf_shapes, match_names, pack, unpack
+from tx_jax.data.tokenizers import replace_file
 from tx_jax.errors import InputError, require
 from tx_jax.parallel import shardings
 
@@ -114,6 +115,7 @@ def _open_tensors(
         InputError: the tensors are not those of the config.
     """
     depth = cfg.n_layers + (cfg.n_encoder_layers or 0)
+    require(depth <= MAX_LAYERS, f"{where} has {depth} layers, more than {MAX_LAYERS}")
     require(depth <= len(tensors.shapes), f"{where} has {len(tensors.shapes)} tensors, too few for {depth} layers")
     for name, says in family.absent.items():
         if not {name, family.prefix + name, family.outer + name} & set(tensors.shapes):
@@ -132,6 +134,8 @@ def _open_tensors(
     shapes = leaf_shapes(cfg)
     expected = entries(family.table, shapes)
     names = match_names(tensors.shapes, expected, unused, family.prefix, family.outer)
+    twice = sorted(name for name, ours in names.items() if name != ours and ours in names)
+    require(not twice, f"{where} has {', '.join(twice[:3])} under two names, with and without a prefix; remove one")
     check_names({ours: tensors.shapes[name] for name, ours in names.items()}, expected, unused, where)
 
     def load(dtype: str | None, mesh: Mesh | None) -> dict:
@@ -140,7 +144,7 @@ def _open_tensors(
 
         def put(path: str, leaf: np.ndarray) -> jax.Array:
             kind = DTYPES[dtype] or (leaf.dtype if leaf.dtype != np.float64 else jnp.float32)
-            leaf = leaf if leaf.dtype == kind else leaf.astype(kind)
+            leaf = _cast(path, leaf, kind)
             return jax.block_until_ready(jax.device_put(leaf, place.get(path)))  # or copies of several would be held
 
         return unpack(tensors, names, expected, cfg.H, put, where)
@@ -183,12 +187,14 @@ def save_pretrained(
     require(not taken, f"{root} holds {', '.join(taken)} already; name another directory")
     family, cfg = find_family(cfg, architecture)
     values = write_config(family, cfg)
-    expected = entries(family.table, leaf_shapes(cfg))
+    shapes = leaf_shapes(cfg)
+    check_leaves(params, shapes)
+    expected = entries(family.table, shapes)
     kind = DTYPES[dtype]
 
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
         for name, tensor in pack(params, expected, cfg.H):
-            yield name, tensor if kind is None else tensor.astype(kind)
+            yield name, tensor if kind is None else _cast(name, tensor, kind)
 
     save_safetensors(root, tensors(), max_shard_bytes)
     stored = dtype or str(next(iter(jax.tree.leaves(params))).dtype)
@@ -198,6 +204,16 @@ def save_pretrained(
     if cfg.stack != "encoder":
         _write_json(root / "generation_config.json", {**ids, "_from_model_config": True})
     return family.architecture
+
+
+def _cast(name: str, array: np.ndarray, kind: Any) -> np.ndarray:
+    if array.dtype == kind:
+        return array
+    with np.errstate(over="ignore"):
+        found = array.astype(kind)
+    fits = kind != jnp.float16 or np.isfinite(found).all() or not np.isfinite(array).all()
+    require(fits, f"{name} holds {np.abs(array).max():.3g}, beyond float16's 65504; use dtype bfloat16 or float32")
+    return found
 
 
 def write_config(family: Family, cfg: ModelConfig) -> dict[str, Any]:
@@ -266,6 +282,4 @@ def resolved(cfg: ModelConfig) -> ModelConfig:
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    replace_file(path, (json.dumps(values, indent=2, sort_keys=True) + "\n").encode("utf-8"))

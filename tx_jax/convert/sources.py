@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from tx_jax.checkpoint import read_config, restore_base, restore_params, step_dir
+from tx_jax.checkpoint import read_config, restore_base, restore_params, step_dir, stored_params
 from tx_jax.config import ModelConfig
 from tx_jax.config_json import read_object
 from tx_jax.convert.files import INDEX, WEIGHTS, check_no_pickle
@@ -26,7 +26,7 @@ from tx_jax.data.tokenizers import Tokenizer
 from tx_jax.data.vocabularies import from_gguf
 from tx_jax.data.vocabulary_files import FILES, find_tokenizer
 from tx_jax.errors import InputError, require
-from tx_jax.lora import init_lora, merge_lora
+from tx_jax.lora import as_adapters, merge_lora
 from tx_jax.models import build, init_params
 from tx_jax.parallel import shardings
 
@@ -140,7 +140,7 @@ def _open_run(path: Path, step: int | None) -> Source:
     def load(dtype: str | None, mesh: Mesh | None) -> dict:
         shapes = jax.eval_shape(lambda key: init_params(build(cfg), key), jax.random.key(0))
         if lora.rank:
-            adapters = jax.eval_shape(lambda key: init_lora(shapes, key, lora.rank, lora.targets), jax.random.key(0))
+            adapters = as_adapters(stored_params(path, step))  # lora.targets, an expression of anyone's, is not run
             base = restore_base(path, _placed(shapes, mesh))
             params = merge_lora(base, restore_params(path, _placed(adapters, mesh), step), lora.alpha)
         else:

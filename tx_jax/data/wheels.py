@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from tx_jax.data.tokenizers import replace_file
 from tx_jax.errors import InputError, require
 
 
@@ -82,11 +83,8 @@ def _verify(what: str, data: bytes, expected: str, way_out: str) -> None:
 
 def _store(file: Path, data: bytes) -> None:
     """Write the file so that another process sees all of it or nothing."""
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(data)
-        os.replace(part, file)
+        replace_file(file, data)
     except OSError as error:
         remedy = "set TX_JAX_CACHE to a directory that you may write"
         raise InputError(f"cannot write {file} ({error.strerror}); {remedy}") from error
