@@ -160,7 +160,7 @@ def test_logits_of_fewer_bits(kind, tmp_path):
 
 def test_a_factor_without_a_type_is_linear(tmp_path):
     path = written(tmp_path / "model.gguf", "gguf llama2", llama__rope__scaling__factor=4.0)
-    assert tx.load_pretrained(path).cfg.rotary == tx.RotaryConfig(scaling="linear", factor=4.0)
+    assert tx.load_pretrained(path).cfg.rotary == tx.RotaryConfig(scaling="linear", factor=4.0, original_len=96)
 
 
 def test_older_files_of_gemma2_leave_its_caps_and_window_out(tmp_path):

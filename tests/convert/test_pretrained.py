@@ -71,7 +71,7 @@ def same(found, wanted):
         (LLAMA | {"rope_parameters": {"rope_type": "dynamic"}}, "rope_type='dynamic' is not honoured"),
         (LLAMA | {"rope_scaling": {"type": "linear", "factor": 2.0, "x": 1}}, "x=1, which is not honoured for"),
         (LLAMA | {"rope_scaling": {"type": "linear", "factor": "2"}}, "factor='2' must be a positive float"),
-        (LLAMA | {"rope_scaling": {"type": "linear"}}, "rope_scaling of 'linear' has no factor; take the file from"),
+        (LLAMA | {"rope_scaling": {"type": "linear"}}, "rope_scaling of 'linear' has no factor; fetch the file again"),
         (LLAMA | {"rope_scaling": []}, r"rope_scaling=\[\] must be an object"),
         (LLAMA | {"intermediate_size": None}, "intermediate_size=None must be a positive int"),
         (LLAMA | {"rope_scaling": "linear"}, "rope_scaling='linear' must be an object"),

@@ -108,9 +108,7 @@ def _read_scaling(rope: dict[str, Any], max_len: Any) -> dict[str, Any]:
     if "original_max_position_embeddings" in names:
         found["original_len"] = max_len
     missing = sorted(names.keys() - rope.keys() - MAY_BE_ABSENT)
-    require(
-        not missing, f"rope_scaling of {kind!r} has no {', '.join(missing)}; take the file from its publisher again"
-    )
+    require(not missing, f"rope_scaling of {kind!r} has no {', '.join(missing)}; fetch the file again")
     for key, value in rope.items():
         require(key in names, f"rope_scaling has {key}={value!r:.80}, which is not honoured for {kind!r}; remove it")
         found[names[key]] = number(key, value, int if names[key] == "original_len" else float)
