@@ -16,7 +16,7 @@ RANKS = {  # of every module of the package
     "data.tokenizers": -2, "data.wheels": -1, "data.corpora": 0, "data.batches": 0,
     "convert.files": 0, "convert.named": 0,
     "data.libraries": -1, "data.byte_ranks": 0, "data.sentencepieces": 0, "data.subwords": 1,
-    "data.trained": 2, "data.vocabularies": 2, "data.vocabulary_files": 3, "data.chat": 2,
+    "data.trained": 2, "data.vocabularies": 2, "data.vocabulary_files": 3, "data.chat": 2, "data.chat_template": -3,
     "presets": 1, "lora": 1, "cache": 1, "parallel": 1, "checkpoint": 1, "training.optim": 1, "modules.linear": 1,
     "modules.mlp": 2, "modules.norms": 2, "modules.positions": 2, "command_line": 2,
     "modules.attention": 3, "modules.embed": 3,
@@ -77,6 +77,11 @@ def test_no_reference_implementation_in_the_package(name):
 @pytest.mark.parametrize("name", ["parallel", "checkpoint"])
 def test_launchers_and_checkpoints_see_no_model(name):
     assert own_imports(name) <= {"config", "config_json", "errors"}
+
+
+def test_the_program_that_renders_a_template_imports_nothing_heavy():
+    own = {"jinja2", *sys.stdlib_module_names}
+    assert {other.split(".")[0] for other in imports("data.chat_template")} <= own
 
 
 def test_import_is_quick():
