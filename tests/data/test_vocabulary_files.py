@@ -2,6 +2,10 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -137,5 +141,122 @@ def test_a_directory_without_a_tokenizer_or_with_two(kinds, tmp_path):
         kinds["tiktoken"].save(tmp_path)
     (tmp_path / "tokenizer.json").unlink()
     (tmp_path / "tokenizer.json").mkdir()
-    with pytest.raises(InputError, match=r"^cannot read .*tokenizer.json \(Is a directory\); give"):
+    with pytest.raises(InputError, match=r"tokenizer.json is no regular file; put the file itself there$"):
         find_tokenizer(tmp_path)
+
+
+def gpt2_directory(kinds, home, config):
+    model = json.loads(kinds["gpt2"].json)["model"]
+    (home / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (home / "merges.txt").write_text("\n".join(" ".join(pair) for pair in model["merges"]))
+    (home / "tokenizer_config.json").write_text(json.dumps(config))
+    return home
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        ({"tokenizer_class": "Qwen2Tokenizer"}, "tokenizer_class='Qwen2Tokenizer' in tokenizer_config.json is not"),
+        (
+            {"tokenizer_class": ["GPT2Tokenizer"]},
+            r"tokenizer_class=\['GPT2Tokenizer'\] in tokenizer_config.json is not",
+        ),
+        (
+            {"add_prefix_space": True},
+            "add_prefix_space=True in tokenizer_config.json is not honoured for vocab.json with",
+        ),
+        ({"add_eos_token": True}, "add_eos_token=True in tokenizer_config.json is not honoured for vocab.json with me"),
+        ({"added_tokens_decoder": {"318": {"content": "<m>", "lstrip": True}}}, "lstrip of the token '<m>' in tokeni"),
+        ({"added_tokens_decoder": {"7": {"content": "<m>"}}}, "'<m>' has id 7, which is another's in vocab.json; take"),
+        (
+            {"added_tokens_decoder": {"-1": {"content": "<m>"}}},
+            "'<m>' has id -1, which is another's in vocab.json; take",
+        ),
+        ({"added_tokens_decoder": {"999": {"content": "a"}}}, "the added token 'a' has id 999, which is another's"),
+        ({"add_bos_token": True, "bos_token": "<s>"}, "bos_token='<s>' is no token of vocab.json; take both files"),
+        ({"add_bos_token": 1}, "add_bos_token=1 in tokenizer_config.json must be true or false"),
+    ],
+)
+def test_what_is_not_gpt2s_is_refused_by_name(config, text, kinds, tmp_path):
+    with pytest.raises(InputError, match=text):
+        find_tokenizer(gpt2_directory(kinds, tmp_path, config))
+
+
+def test_what_is_added_to_gpt2s_vocabulary(kinds, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    flags = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
+    size = kinds["gpt2"].vocab_size
+    added = {
+        str(size - 1): {"content": "<|endoftext|>", **flags, "special": True},
+        str(size): {"content": "<m>", **flags, "special": True},
+        str(size + 1): {"content": "<w>", **flags, "special": False},
+    }
+    config = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False, "added_tokens_decoder": added}
+    oracle = transformers.AutoTokenizer.from_pretrained(gpt2_directory(kinds, tmp_path, config))
+    tokenizer = find_tokenizer(tmp_path)
+    assert tokenizer.special_tokens == {"<|endoftext|>": size - 1, "<m>": size}
+    for text in ("the <m>cat<w> <|endoftext|>", "a<w>b", " <m> "):
+        assert tokenizer.encode(text, special=True).tolist() == oracle(text)["input_ids"]
+    assert tokenizer.decode([size, size + 1]) == "<w>"
+    begins = find_tokenizer(gpt2_directory(kinds, tmp_path, config | {"add_bos_token": True, "bos_token": "<m>"}))
+    assert begins.encode("a", add_special_tokens=True).tolist() == [size, *tokenizer.encode("a")]
+    assert begins.bos_id == size
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja"])
+def test_a_file_that_is_elsewhere_or_is_none(name, kinds, tmp_path):
+    home = tmp_path / "snapshots" / "0a1b"
+    kinds["sentencepiece_bpe" if name == "tokenizer.model" else "trained"].save(home)
+    (home / "chat_template.jinja").write_text("{{ 1 }}")
+    whole = find_tokenizer(home)
+    (tmp_path / "blobs").mkdir()
+    (home / name).rename(tmp_path / "blobs" / "f")
+    (home / name).symlink_to(Path("..", "..", "blobs", "f"))  # as in the cache of the Hub
+    assert find_tokenizer(home) == whole
+    (tmp_path / "blobs" / "f").rename(tmp_path / "f")
+    for target, text in {"f": "is a link that leads out of its directory", "/dev/zero": "is no regular file"}.items():
+        (home / name).unlink()
+        (home / name).symlink_to(tmp_path / target)
+        with pytest.raises(InputError, match=rf"{name} {text}; put the file itself there$"):
+            find_tokenizer(home)
+    (home / name).unlink()
+    os.mkfifo(home / name)
+    with pytest.raises(InputError, match=rf"{name} is no regular file; put the file itself there$"):
+        find_tokenizer(home)
+
+
+CHILD = """
+import pathlib, re, sys, time, sentencepiece, tokenizers
+from tx_jax.data.vocabulary_files import find_tokenizer
+def memory(key): return int(re.search(rf"{key}:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])
+before, started = memory("VmRSS"), time.perf_counter()
+try:
+    find_tokenizer(sys.argv[1])
+except ValueError as error:
+    print(time.perf_counter() - started, (memory("VmHWM") - before) / 1024, error)
+"""
+BOMBS = [  # file, what it repeats, how often; more than what
+    ("tokenizer_config.json", b"[],", 5_000_000, "of the characters ',[{', more than 524288"),
+    ("tokenizer.json", b"[],", 12_000_000, "of the characters ',[{', more than 2097152"),
+    ("tokenizer.json", b"", 1_500_000_000, "more than 40,000,000 bytes, as no such file has"),
+    ("tokenizer.model", b"", 1_500_000_000, "more than 40,000,000 bytes, as no such file has"),
+    ("tokenizer.model", b"\n\0", 19_000_000, r"of the characters '\n', more than 1048576"),
+    ("vocab.json", b"[],", 12_000_000, "of the characters ',[{', more than 524288"),
+    ("merges.txt", b"a b\n", 9_000_000, r"of the characters '\n', more than 524288"),
+]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of memory is read from /proc")
+@pytest.mark.parametrize(("name", "unit", "times", "text"), BOMBS)
+def test_bombs(name, unit, times, text, tmp_path):
+    beside = {"tokenizer_config.json": "tokenizer.model", "vocab.json": "merges.txt", "merges.txt": "vocab.json"}
+    (tmp_path / beside.get(name, "none")).write_text("{}")
+    (tmp_path / name).write_bytes(b"[" + unit * times + b"1]" if unit == b"[]," else unit * times)
+    if not unit:
+        os.truncate(tmp_path / name, times)  # sparse
+    command = [sys.executable, "-c", CHILD, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
+    seconds, growth, line = done.stdout.split(" ", 2)
+    assert line.endswith(f"{text}; fetch it again\n")
+    assert float(seconds) < 1
+    assert float(growth) < 300  # MiB

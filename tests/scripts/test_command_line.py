@@ -77,6 +77,8 @@ SAMPLE = {
     "{run} --step 7": "step=7 is not in run_dir='{run}'; it has 20, 40",
     "{new}": "model '{new}' does not exist; give a name (smollm2, minilm), a directory in Hugging Face's",
     "smolm2": "model 'smolm2' does not exist; did you mean smollm2? Or give a name (smollm2, minilm)",
+    "~nosuch/x": "model '~nosuch/x' does not exist; give a name (smollm2, minilm), a directory in Hugging Face's",
+    "x" * 300: "xxx' does not exist; give a name (smollm2, minilm), a directory in Hugging Face's",
     "{bad}/other": "cannot read {bad}/other/config.json (No such file or directory); give the directory of",
     "{bad}/corrupt": "config.json is not JSON (Expecting",
     "{bad}/model.bin": "{bad}/model.bin is a pickle, which can run any code when it is loaded; give safetensors",
@@ -153,6 +155,13 @@ def test_train_refuses_the_first_word(train, refused, first):
 @pytest.mark.parametrize("flags", SAMPLE)
 def test_sample_refuses(sample, refused, flags):
     refused(sample, flags.split(), SAMPLE[flags])
+
+
+def test_a_short_name_that_is_a_path_too(sample, refused, monkeypatch, tmp_path):
+    (tmp_path / "minilm").mkdir()
+    monkeypatch.chdir(tmp_path)
+    refused(sample, ["minilm"], "model 'minilm' is a short name, and also a path here; write ./minilm for the path, or")
+    refused(sample, ["./minilm"], "cannot read minilm/config.json (No such file or directory)")
 
 
 def test_offline_without_the_corpus(train, refused, monkeypatch, tmp_path):

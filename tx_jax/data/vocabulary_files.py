@@ -6,16 +6,26 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tx_jax.config_json import read_object
+from tx_jax.config_json import read_bytes, read_object
 from tx_jax.data.byte_ranks import CL100K, TiktokenTokenizer
 from tx_jax.data.libraries import CONFIG
 from tx_jax.data.subwords import SentencePieceTokenizer, Subwords, SubwordTokenizer
 from tx_jax.data.tokenizers import Tokenizer, load_saved
-from tx_jax.data.vocabularies import from_gpt2
+from tx_jax.data.vocabularies import GPT2_END, from_gpt2
 from tx_jax.errors import InputError, require
 
 Config = Mapping[str, Any]
+LIMIT = 40_000_000  # bytes of a vocabulary; Gemma 3's tokenizer.json has 33 million, and 1.9 million values
+MAX_JSON = 2**21  # values of a tokenizer.json
+LINES = (2**19, b"\n")  # a merge, or a rank, is a line
+PIECES = (2**20, b"\n")  # a piece of a SentencePiece model begins with this byte, and its text also
+CONFIG_LIMIT = 16_000_000  # bytes of what describes its tokens; where tens of thousands are added, some millions
 ROLES = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
+GPT2_ONLY = {  # key of tokenizer_config.json: what it says of GPT-2's kind
+    "tokenizer_class": (None, "GPT2Tokenizer", "GPT2TokenizerFast"),
+    "add_prefix_space": (None, False),
+    "add_eos_token": (None, False),
+}
 TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")  # Llama 3's first release calls its ranks tokenizer.model
 
 
@@ -36,33 +46,26 @@ def find_tokenizer(directory: str | os.PathLike[str]) -> Subwords | Tokenizer | 
     return None
 
 
-def _bytes(path: Path) -> bytes:
+def _text(path: Path, *count: Any, limit: int = LIMIT) -> str:
     try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"cannot read {path} ({error.strerror}); give a directory that can be read") from error
-
-
-def _text(path: Path) -> str:
-    try:
-        return _bytes(path).decode("utf-8")
+        return read_bytes(path, limit, *count).decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(
             f"{path} is not UTF-8 at byte {error.start}; take the file from its publisher again"
         ) from error
 
 
-def _json(path: Path) -> Config:
-    return read_object(path) if path.exists() else {}
+def _json(path: Path, *limit: int) -> Config:
+    return read_object(path, *limit) if path.exists() else {}
 
 
 def _config(home: Path) -> Config:
     """What the files beside a vocabulary say, in the keys of tokenizer_config.json, which has the last word."""
     generation = _json(home / "generation_config.json")
-    config = {**_json(home / "special_tokens_map.json"), **_json(home / CONFIG)}
+    config = {**_json(home / "special_tokens_map.json"), **_json(home / CONFIG, CONFIG_LIMIT)}
     config["eos_token_id"] = [*_as_list(config.get("eos_token_id")), *_as_list(generation.get("eos_token_id"))]
     template = home / "chat_template.jinja"
-    return config | ({"chat_template": _text(template)} if template.exists() else {})
+    return config | ({"chat_template": _text(template, limit=CONFIG_LIMIT)} if template.exists() else {})
 
 
 def _as_list(value: object) -> list[object]:
@@ -84,13 +87,17 @@ def _name(config: Config, key: str) -> str | None:
     return name
 
 
-def _special(config: Config) -> tuple[tuple[str, int], ...]:
-    """The special tokens that tokenizer_config.json adds to a vocabulary."""
+def _added(config: Config) -> tuple[tuple[str, int, Config], ...]:
+    """The tokens that tokenizer_config.json adds to a vocabulary: name, id, flags."""
     given = config.get("added_tokens_decoder", {})
     try:
-        return tuple((str(token["content"]), int(i)) for i, token in given.items() if token.get("special"))
+        return tuple((str(token["content"]), int(i), dict(token)) for i, token in given.items())
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"added_tokens_decoder={given!r:.40} in {CONFIG} must be tokens by id") from error
+
+
+def _special(config: Config) -> tuple[tuple[str, int], ...]:
+    return tuple((name, i) for name, i, flags in _added(config) if flags.get("special"))
 
 
 def _ends(config: Config, token_id: Callable[[str], int | None]) -> dict[str, Any]:
@@ -105,7 +112,7 @@ def _ends(config: Config, token_id: Callable[[str], int | None]) -> dict[str, An
 
 
 def _read_json(home: Path, path: Path) -> SubwordTokenizer | Tokenizer:
-    content = _text(path)
+    content = _text(path, MAX_JSON)
     if '"kind"' in content[:20]:  # ours, which begins with it
         return load_saved(home)
     config = _config(home)
@@ -114,14 +121,24 @@ def _read_json(home: Path, path: Path) -> SubwordTokenizer | Tokenizer:
 
 
 def _read_gpt2(home: Path, vocab: Path, merges: Path) -> SubwordTokenizer:
-    tokenizer, config = from_gpt2(_text(vocab), _text(merges)), _config(home)
+    config = _config(home)
+    rule = f"is not honoured for {vocab.name} with {merges.name}, which are read as GPT-2's; give tokenizer.json"
+    for key, honoured in GPT2_ONLY.items():
+        require(config.get(key) in honoured, f"{key}={config.get(key)!r:.40} in {CONFIG} {rule}")
+    for name, _, flags in _added(config):
+        flag = next((flag for flag in ("lstrip", "rstrip", "single_word") if flags.get(flag)), None)
+        require(flag is None, f"{flag} of the token {name!r:.40} in {CONFIG} {rule}")
+    special = dict(_special(config))
+    words = {name: i for name, i, _ in _added(config) if name not in special}
+    bos = (_name(config, "bos_token") or GPT2_END) if _flag(config, "add_bos_token", False) else None
+    tokenizer = from_gpt2(_text(vocab), _text(merges, *LINES), special=special, words=words, bos=bos)
     given = {key: value for key, value in _ends(config, tokenizer.token_id).items() if value not in (None, ())}
     ends = {"bos_id": tokenizer.bos_id, "eos_ids": tokenizer.eos_ids} | given
     return SubwordTokenizer(tokenizer.json, **ends)
 
 
 def _read_model(home: Path, path: Path) -> SentencePieceTokenizer | TiktokenTokenizer:
-    content, config = _bytes(path), _config(home)
+    content, config = read_bytes(path, LIMIT, *PIECES), _config(home)
     if TIKTOKEN_LINE.match(content):
         return _read_tiktoken(home, path)
     known = SentencePieceTokenizer(content).special_tokens.items()
@@ -145,7 +162,7 @@ def _flag(config: Config, key: str, default: bool) -> bool:
 
 
 def _read_tiktoken(home: Path, path: Path) -> TiktokenTokenizer:
-    config, ranks = _config(home), _text(path)
+    config, ranks = _config(home), _text(path, *LINES)
     special, pattern = _special(config), config.get("pattern", CL100K)  # a key of ours
     require(isinstance(pattern, str), f"pattern={pattern!r:.40} in {CONFIG} must be a regular expression")
     return TiktokenTokenizer(ranks, pattern, special, **_ends(config, dict(special).get))
