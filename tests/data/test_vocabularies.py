@@ -91,6 +91,19 @@ def test_a_gguf_of_sentencepiece_has_the_ids_of_the_model(kinds, texts):
     assert bare.token(int(bare.encode("The", add_special_tokens=True)[0]))[0] == "T"
 
 
+def test_the_turns_of_gemma_are_special_and_its_other_words_of_that_type_are_text(kinds):
+    metadata = gguf_of_sentencepiece(kinds, chat_template="<start_of_turn>{{ messages[0].content }}\n\n")
+    more, size = ["<start_of_turn>", "<b>", "\n\n"], len(metadata["tokenizer.ggml.tokens"])
+    for key, values in {"tokens": more, "scores": [0.0] * 3, "token_type": [4] * 3}.items():
+        metadata[f"tokenizer.ggml.{key}"] += values
+    tokenizer = from_gguf(metadata)
+    assert tokenizer.special_tokens["<start_of_turn>"] == size
+    assert not {"<b>", "\n\n"} & tokenizer.special_tokens.keys()
+    assert size not in tokenizer.encode("a<start_of_turn>b")
+    assert size in tokenizer.encode("a<start_of_turn>b", special=True)
+    assert tokenizer.encode("a<b>\n\n").tolist()[-2:] == [size + 1, size + 2]
+
+
 @pytest.mark.parametrize(
     ("key", "wrong"),
     [("ggml.model", wrong) for wrong in (None, "bert", ["gpt2"])]

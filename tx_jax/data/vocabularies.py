@@ -4,6 +4,7 @@ Each becomes the `tokenizer.json` or SentencePiece model that the publisher of t
 """
 
 import json
+import re
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -213,6 +214,7 @@ def _ends(metadata: Mapping[str, object], size: int) -> tuple[int | None, tuple[
     return bos, () if eos is None else (eos,)
 
 
+TURN = re.compile(r"<[^\s<>]+>|\[[^\s\[\]]+\]")  # what the names of special tokens look like
 MAX_SCORE = 3.4e38  # of float32
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, _, BYTE = range(1, 7)  # token types of GGUF, which are SentencePiece's
 
@@ -245,6 +247,10 @@ def _from_gguf_sentencepiece(metadata: Mapping[str, object]) -> SentencePieceTok
     ok = all(abs(score) <= MAX_SCORE for score in scores)  # not a number is none, either
     require(ok, "tokenizer.ggml.scores must be finite numbers of 32 bits; convert the model to GGUF again")
     bos_id, eos_ids = _ends(metadata, len(tokens))
+    template = _value(metadata, "chat_template", str)
+    # Gemma's turns are of the type that is found in every text, as <b> and the like are: the template tells which.
+    turns = [i for i, kind in enumerate(types) if kind == USER_DEFINED and TURN.fullmatch(tokens[i])]
+    special = tuple((tokens[i], i) for i in turns if template and tokens[i] in template)
     pieces = b"".join(
         _field(1, _field(1, utf8(token)) + _field(2, score) + _field(3, kind))
         for token, score, kind in zip(tokens, scores, types, strict=True)
@@ -257,9 +263,10 @@ def _from_gguf_sentencepiece(metadata: Mapping[str, object]) -> SentencePieceTok
         pieces + _field(2, trainer) + _field(3, normalizer),
         bos_id,
         eos_ids,
-        _value(metadata, "chat_template", str),
+        template,
         add_bos=_value(metadata, "ggml.add_bos_token", bool, True) and bos_id is not None,
         add_eos=_value(metadata, "ggml.add_eos_token", bool, False) and bool(eos_ids),
+        special=special,
     )
 
 
