@@ -21,7 +21,7 @@ from jaxtyping import PRNGKeyArray
 import tx_jax as tx
 from tx_jax.checkpoint import latest_step, read_config
 from tx_jax.command_line import keep_compiled, one_line_errors, parse
-from tx_jax.convert.sources import AnyTokenizer, find_source, is_run, open_source, open_tokenizer
+from tx_jax.convert.sources import AnyTokenizer, end_ids, find_source, is_run, open_source, open_tokenizer
 from tx_jax.data.chat import encode_chat
 from tx_jax.data.subwords import Subwords
 from tx_jax.decoding import session
@@ -122,8 +122,6 @@ def prepare_writer(args: Args, path: Path, cfg: tx.ModelConfig, special_ids: dic
         raise InputError(f"model={args.model!r} is an {cfg.stack}, which does not write on; give a decoder")
     if tokenizer is None:
         raise InputError(f"model={args.model!r} has no tokenizer; put its tokenizer.json beside the weights")
-    ends = special_ids.get("eos_token_id", [])
-    ends = {*(ends if isinstance(ends, list) else [ends]), *getattr(tokenizer, "eos_ids", ())}
     chats = isinstance(tokenizer, Subwords) and tokenizer.chat_template is not None and not args.raw
     if run and latest_step(path) and not (args.interactive or args.system):
         chats = False  # it was trained to go on from running text
@@ -134,7 +132,7 @@ def prepare_writer(args: Args, path: Path, cfg: tx.ModelConfig, special_ids: dic
     sampler = tx.Sampler(heat or None, args.top_k, args.top_p, args.min_p)
     check_sampler(sampler)
     new, key = args.max_new_tokens, jax.random.key(args.seed)
-    return Writer(model, {}, tokenizer, tuple(sorted(ends)), new, sampler, key), chats
+    return Writer(model, {}, tokenizer, end_ids(special_ids, tokenizer), new, sampler, key), chats
 
 
 def encode(tokenizer: AnyTokenizer, text: str, ends: tuple[int, ...]) -> np.ndarray:

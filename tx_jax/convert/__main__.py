@@ -19,7 +19,15 @@ from tx_jax import checkpoint
 from tx_jax.command_line import one_line_errors, parse
 from tx_jax.config import DataConfig, RunConfig
 from tx_jax.convert.pretrained import Source, find_family, save_pretrained
-from tx_jax.convert.sources import AnyTokenizer, find_source, is_run, load_pretrained, open_source, open_tokenizer
+from tx_jax.convert.sources import (
+    AnyTokenizer,
+    end_ids,
+    find_source,
+    is_run,
+    load_pretrained,
+    open_source,
+    open_tokenizer,
+)
 from tx_jax.data.subwords import Subwords
 from tx_jax.data.vocabularies import to_hugging_face
 from tx_jax.errors import InputError, require
@@ -72,7 +80,7 @@ def main(argv: list[str]) -> None:
 def _to_hugging_face(args: Args, source: Source, tokenizer: AnyTokenizer | None, dst: Path) -> None:
     architecture = args.architecture or source.architecture
     find_family(source.cfg, architecture)  # refuses before the weights are read
-    own = {"bos_token_id": getattr(tokenizer, "bos_id", None), "eos_token_id": list(getattr(tokenizer, "eos_ids", ()))}
+    own = {"bos_token_id": getattr(tokenizer, "bos_id", None), "eos_token_id": list(end_ids({}, tokenizer))}
     ids = {key: value for key, value in own.items() if value not in (None, [])} | source.special_ids
     save_pretrained(dst, source.cfg, source.load(args.dtype, None), special_ids=ids, architecture=architecture)
     if tokenizer is not None:
@@ -80,12 +88,10 @@ def _to_hugging_face(args: Args, source: Source, tokenizer: AnyTokenizer | None,
 
 
 def _to_run(args: Args, source: Source, tokenizer: AnyTokenizer | None, dst: Path) -> None:
-    ends = source.special_ids.get("eos_token_id", [])
     data = DataConfig(seq_len=min(DataConfig().seq_len, source.cfg.max_len))
     checkpoint.claim_run_dir(dst, RunConfig(run_dir=str(dst), init=args.src, model=source.cfg, data=data))
     if isinstance(tokenizer, Subwords):  # a run keeps no other record of what ends a text
-        ends = {*(ends if isinstance(ends, list) else [ends]), *tokenizer.eos_ids}
-        tokenizer = dataclasses.replace(tokenizer, eos_ids=tuple(sorted(ends)))
+        tokenizer = dataclasses.replace(tokenizer, eos_ids=end_ids(source.special_ids, tokenizer))
     if tokenizer is not None:
         tokenizer.save(dst / "tokenizer")
     with checkpoint.saver(dst, keep=1) as save:

@@ -7,7 +7,7 @@ import difflib
 import importlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,10 +21,8 @@ from tx_jax.convert.files import INDEX, WEIGHTS, check_no_pickle
 from tx_jax.convert.gguf import is_gguf, open_gguf
 from tx_jax.convert.named import NAMED, fetch_model
 from tx_jax.convert.pretrained import DTYPES, Source, open_directory, open_gguf_model
-from tx_jax.data.subwords import Subwords
-from tx_jax.data.tokenizers import Tokenizer
 from tx_jax.data.vocabularies import from_gguf
-from tx_jax.data.vocabulary_files import FILES, find_tokenizer
+from tx_jax.data.vocabulary_files import FILES, AnyTokenizer, find_tokenizer
 from tx_jax.errors import InputError, require
 from tx_jax.lora import as_adapters, merge_lora
 from tx_jax.models import build, init_params
@@ -36,7 +34,6 @@ POSSIBLE = (
     f"a name ({', '.join(NAMED)}), a directory in Hugging Face's layout, a GGUF file, a run directory of train.py, "
     "or hf://ORG/NAME[@REVISION]"
 )
-AnyTokenizer = Subwords | Tokenizer
 Name = str | os.PathLike[str]
 
 
@@ -92,6 +89,12 @@ def open_source(path: Path, step: int | None = None) -> Source:
 def open_tokenizer(path: Path) -> AnyTokenizer | None:
     """The tokenizer of what `find_source` found; None: it has none."""
     return _kind(path).tokenizer(path)
+
+
+def end_ids(special_ids: Mapping[str, Any], tokenizer: AnyTokenizer | None) -> tuple[int, ...]:
+    """The ids that end a text, by the model's config and by its tokenizer."""
+    ends = special_ids.get("eos_token_id", [])
+    return tuple(sorted({*(ends if isinstance(ends, list) else [ends]), *getattr(tokenizer, "eos_ids", ())}))
 
 
 def find_source(name: Name) -> Path:

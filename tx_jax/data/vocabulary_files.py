@@ -14,6 +14,7 @@ from tx_jax.data.tokenizers import Tokenizer, load_saved
 from tx_jax.data.vocabularies import GPT2_END, from_gpt2
 from tx_jax.errors import InputError, require
 
+AnyTokenizer = Subwords | Tokenizer
 Config = Mapping[str, Any]
 LIMIT = 40_000_000  # bytes of a vocabulary; Gemma 3's tokenizer.json has 33 million, and 1.9 million values
 MAX_JSON = 2**21  # values of a tokenizer.json
@@ -29,7 +30,7 @@ GPT2_ONLY = {  # key of tokenizer_config.json: what it says of GPT-2's kind
 TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")  # Llama 3's first release calls its ranks tokenizer.model
 
 
-def find_tokenizer(directory: str | os.PathLike[str]) -> Subwords | Tokenizer | None:
+def find_tokenizer(directory: str | os.PathLike[str]) -> AnyTokenizer | None:
     """The tokenizer of the directory, from the first of FILES that is there; None: none is.
 
     What begins and ends a text, and the chat template, are read from tokenizer_config.json, special_tokens_map.json,
@@ -168,7 +169,7 @@ def _read_tiktoken(home: Path, path: Path) -> TiktokenTokenizer:
     return TiktokenTokenizer(ranks, pattern, special, **_ends(config, dict(special).get))
 
 
-_READERS: dict[tuple[str, ...], Callable[..., Subwords | Tokenizer]] = {
+_READERS: dict[tuple[str, ...], Callable[..., AnyTokenizer]] = {
     ("tokenizer.json",): _read_json,  # also our own
     ("tokenizer.model",): _read_model,
     ("spiece.model",): _read_model,
