@@ -41,7 +41,9 @@ class Args:
     system: str | None = None  # what a chat begins with
     interactive: bool = False  # a conversation: a message a line
     max_new_tokens: int | None = None  # None: 500, or what the context leaves
-    temperature: float | None = None  # 0: always the likeliest token; None: 0.8, in a chat 0
+    temperature: float | None = (
+        None  # 0: always the likeliest token; None: 0.8, but 0 for one answer with no other rule
+    )
     top_k: int | None = None  # keep the k likeliest tokens
     top_p: float | None = None  # keep the likeliest tokens that together reach p
     min_p: float | None = None  # keep tokens at least p times as likely as the likeliest
@@ -238,9 +240,13 @@ def converse(writer: Writer, system: str | None) -> None:
 
     for line in messages_typed():
         said.append(line)
-        while len(ids := encode_chat(tokenizer, messages(system, *said))) >= model.cfg.max_len and len(said) > 2:
+        while (n := len(ids := encode_chat(tokenizer, messages(system, *said)))) >= model.cfg.max_len and len(said) > 2:
             del said[:2]
             print("the conversation is too long: its oldest turn is forgotten", file=sys.stderr)
+        if n >= model.cfg.max_len:
+            print(f"the message has {n} tokens, max_len={model.cfg.max_len}; say it shorter", file=sys.stderr)
+            said.clear()
+            continue
         said.append(show(writer, "", answer(ids)))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import pathlib
 import time
 
 import jax
@@ -73,6 +74,7 @@ def same(found, wanted):
         (LLAMA | {"rope_scaling": {"type": "linear", "factor": "2"}}, "factor='2' must be a positive float"),
         (LLAMA | {"rope_scaling": {"type": "linear"}}, "rope_scaling of 'linear' has no factor; fetch the file again"),
         (LLAMA | {"rope_scaling": []}, r"rope_scaling=\[\] must be an object"),
+        (LLAMA | {"vocab_size": 2**70}, f"vocab_size={2**70} is more than a model has; fetch the file again"),
         (LLAMA | {"intermediate_size": None}, "intermediate_size=None must be a positive int"),
         (LLAMA | {"rope_scaling": "linear"}, "rope_scaling='linear' must be an object"),
         (LLAMA | {"rope_parameters": {"full_attention": {}}}, "full_attention={}, which is not honoured for 'default'"),
@@ -226,6 +228,21 @@ def test_parameters_of_another_model_are_not_written(params, tmp_path):
         with pytest.raises(InputError, match=text):
             tx.save_pretrained(tmp_path / "new", SMALL, other)
     assert not [*tmp_path.iterdir()]
+
+
+def test_special_ids_are_of_the_vocabulary(whole, tmp_path):
+    values, tensors = whole
+    put(tmp_path / "none", values | {"pad_token_id": -1, "eos_token_id": [2, 10]}, tensors)
+    assert tx.load_pretrained(tmp_path / "none").special_ids == {"eos_token_id": [2, 10]}
+    for wrong in (11, "2", [2, True]):
+        root = put(tmp_path / f"{wrong}", values | {"eos_token_id": wrong}, tensors)
+        with pytest.raises(InputError, match=r"eos_token_id=.* must be an id, or a list of ids, from 0 to 10; mend it"):
+            tx.load_pretrained(root)
+
+
+def test_a_path_is_no_name():
+    with pytest.raises(InputError, match=r"^model 'smollm2' does not exist; give a name \("):
+        tx.load_pretrained(pathlib.Path("smollm2"))
 
 
 def test_a_config_of_many_layers_is_refused_at_once(whole, tmp_path):

@@ -103,6 +103,12 @@ def test_special_tokens_in_a_message_stay_text(name, forged, tokenizer):
     assert tokenizer.decode(ids, special=True) == text
 
 
+def test_a_template_that_writes_nothing_is_refused(tokenizer):
+    tokenizer = dataclasses.replace(tokenizer, chat_template="")
+    with pytest.raises(InputError, match=r"^the chat template writes nothing; use the template of the model"):
+        encode_chat(tokenizer, CHAT)
+
+
 def test_the_date_is_today():
     template = "{{ strftime_now('%Y') }}"
     assert render_chat(template, CHAT) == str(datetime.now().year)

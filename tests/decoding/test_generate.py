@@ -177,7 +177,7 @@ REFUSED = [  # (a change of the arguments, the error)
     *(({"positions": np.array([row])}, "positions must be 0, 1, 2, … and then −1 in each row, with a token in each")
       for row in ([-1, 0], [1, 2], [-1, -1])),
     ({"sampler": SAMPLED}, "sampling needs key=jax.random.key(seed); without a temperature it is greedy"),
-    ({"sampler": Sampler(top_k=2, min_p=0.1)}, "top_k, min_p without a temperature would be ignored"),
+    ({"sampler": Sampler(top_k=2, min_p=0.1)}, "top_k, min_p without a temperature above 0 would be ignored"),
     ({"sampler": Sampler(temperature=-1.0), "key": KEY}, "temperature=-1.0 must be positive"),
     ({"memory": tx.init_cache(CONFIGS["llama"], 1, 2)}, "memory is for an encoder-decoder; a decoder-only model"),
 ]  # fmt: skip

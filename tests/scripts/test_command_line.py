@@ -64,7 +64,7 @@ SAMPLE = {
     "{run} --prompt @{bad}/latin1.txt": "is not UTF-8: byte 0xe9 at offset 3; convert it, such as by iconv",
     "{run} --temperature -1": "temperature=-1.0 must be 0, which is greedy, or more",
     "{run} --temperature nan": "temperature=nan must be 0, which is greedy, or more",
-    "{run} --temperature 0 --top-k 3": "top_k without a temperature would be ignored; set temperature=1.0",
+    "{run} --temperature 0 --top-k 3": "top_k without a temperature above 0 would be ignored; set one, such as 1.0",
     "{run} --top-p 0": "top_p=0.0 must be in (0, 1]; leave it out",
     "{run} --top-p 2": "top_p=2.0 must be in (0, 1]; leave it out",
     "{run} --min-p 3": "min_p=3.0 must be in [0, 1]; leave it out",

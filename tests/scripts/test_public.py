@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -74,10 +75,10 @@ def test_a_conversation_is_its_turns_read_at_once(public, write, monkeypatch):
 
 
 def test_a_long_conversation_forgets_its_oldest_turns(public, write, monkeypatch, capsys):
-    lines = ["the cat sat on a mat and slept. " * 8] * 6
+    lines = ["the cat sat on a mat and slept. " * 8] * 6 + ["cat " * 900, "the cat"]
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n" + "\n".join(lines).encode())))
     spoken = write(public, "--interactive", "--temperature", 0, "--max-new-tokens", 30)
-    assert spoken.count("\n") >= 7
+    assert spoken.count("\n") >= 8
 
 
 def test_the_round_trip_over_a_run_directory_is_exact(public, tmp_path, write, capsys):
@@ -89,6 +90,16 @@ def test_the_round_trip_over_a_run_directory_is_exact(public, tmp_path, write, c
     assert load_tokenizer(tmp_path / "back") == load_tokenizer(public)
     flags = ["--prompt", "the cat", "--temperature", 0, "--max-new-tokens", 9]
     assert write(tmp_path / "run", *flags) == write(public, *flags) == write(tmp_path / "back", *flags)
+
+
+def test_what_cannot_be_converted_leaves_nothing_behind(public, tmp_path, capsys):
+    shutil.copytree(public, tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    for to in ("run", "hugging_face"):
+        with pytest.raises(SystemExit, match="2"):
+            convert([str(tmp_path / "cut"), str(tmp_path / "new"), "--to", to])
+        assert not (tmp_path / "new").exists()
 
 
 def test_a_run_of_train_py_is_exported_with_its_tokenizer(run, tmp_path, capsys):

@@ -89,13 +89,14 @@ def _to_hugging_face(args: Args, source: Source, tokenizer: AnyTokenizer | None,
 
 def _to_run(args: Args, source: Source, tokenizer: AnyTokenizer | None, dst: Path) -> None:
     data = DataConfig(seq_len=min(DataConfig().seq_len, source.cfg.max_len))
-    checkpoint.claim_run_dir(dst, RunConfig(run_dir=str(dst), init=args.src, model=source.cfg, data=data))
     if isinstance(tokenizer, Subwords):  # a run keeps no other record of what ends a text
         tokenizer = dataclasses.replace(tokenizer, eos_ids=end_ids(source.special_ids, tokenizer))
+    weights = Weights(source.load("float32", None))  # what may be refused is, before anything is written
+    checkpoint.claim_run_dir(dst, RunConfig(run_dir=str(dst), init=args.src, model=source.cfg, data=data))
     if tokenizer is not None:
         tokenizer.save(dst / "tokenizer")
     with checkpoint.saver(dst, keep=1) as save:
-        save(0, Weights(source.load("float32", None)), {})
+        save(0, weights, {})
 
 
 WRITERS = {"hugging_face": _to_hugging_face, "run": _to_run}

@@ -271,6 +271,10 @@ def read_fields(fields: tuple[Field, ...], values: Values) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for field in fields:
         found |= field.read({key: values.get(key, known[key]) for key in field.defaults})
+    for name, value in found.items():
+        require(
+            type(value) is not int or value < 2**31, f"{name}={value} is more than a model has; fetch the file again"
+        )
     return found
 
 

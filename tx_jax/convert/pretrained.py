@@ -60,9 +60,11 @@ def open_directory(root: Path) -> Source:
     family, cfg = read_family(values, str(root / "config.json"))
     generation = root / "generation_config.json"
     ids = values | (read_object(generation) if generation.exists() else {})
-    special = {key: _special(key, ids[key]) for key in SPECIAL_IDS if ids.get(key) is not None}
+    named = {key: ids[key] for key in SPECIAL_IDS if ids.get(key) not in (None, -1)}  # −1: old files' for none
+    for key, value in named.items():
+        _check_special(key, value, cfg.vocab_size or 0, str(root))
     cfg, load = _open_tensors(family, cfg, open_safetensors(root), str(root))
-    return Source(cfg, special, family.architecture, load)
+    return Source(cfg, named, family.architecture, load)
 
 
 def open_gguf_model(path: Path) -> Source:
@@ -79,11 +81,12 @@ def open_gguf_model(path: Path) -> Source:
     return Source(cfg, special, family.architecture, load)
 
 
-def _special(key: str, value: Any) -> Any:
-    """The id of a special token, or several."""
+def _check_special(key: str, value: Any, vocab_size: int, where: str) -> None:
     ids = value if isinstance(value, list) else [value]
-    require(all(type(i) is int and i >= 0 for i in ids), f"{key}={value!r:.80} must be an id, or a list of ids")
-    return value
+    fits = all(type(i) is int and 0 <= i < vocab_size for i in ids)
+    require(
+        fits, f"{key}={value!r:.80} in {where} must be an id, or a list of ids, from 0 to {vocab_size - 1}; mend it"
+    )
 
 
 def read_family(values: Mapping[str, Any], where: str) -> tuple[Family, ModelConfig]:

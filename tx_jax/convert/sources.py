@@ -103,6 +103,7 @@ def find_source(name: Name) -> Path:
     Raises:
         InputError: there is none.
     """
+    close = difflib.get_close_matches(name.lower(), NAMED, 1) if isinstance(name, str) else []
     if isinstance(name, str) and name in NAMED:  # Path("./minilm") is Path("minilm")
         rule = f"model {name!r} is a short name, and also a path here"
         require(not os.path.lexists(name), f"{rule}; write ./{name} for the path, or rename it")
@@ -111,7 +112,6 @@ def find_source(name: Name) -> Path:
     if hub := HUB.fullmatch(name):
         return _fetch_from_hub(hub["repo_id"], hub["revision"])
     path = check_no_pickle(Path(os.path.expanduser(name)))
-    close = difflib.get_close_matches(name.lower(), NAMED, 1)
     hint = f"did you mean {close[0]}? Or give" if close else "give"
     require(name and os.path.exists(path), f"model {name!r} does not exist; {hint} {POSSIBLE}")
     path = path.parent if path.name in (WEIGHTS, INDEX) else path

@@ -141,6 +141,7 @@ def encode_chat(
     eos = tokenizer.token(tokenizer.eos_ids[0]) if tokenizer.eos_ids else ""
     given = _given(texts, marks.get(bos, bos), marks.get(eos, eos), add_generation_prompt)
     text, neutral = _rendered(str(template), given, marks)
+    require(text, f"the chat template writes nothing; {REMEDY}")
     special = {mark: names[name] for name, mark in marks.items()}
     if composed := _named(neutral or "", names):  # by the template, such as by <|{{ role }}|>
         rule = f"the chat template makes {composed[0]} of parts, and more of it than of other messages"

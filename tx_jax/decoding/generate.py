@@ -239,13 +239,20 @@ def prepare(model, tokens, positions, max_new_tokens, sampler, key, memory) -> t
     B, T = tokens.shape
     require(max_new_tokens >= 1, f"max_new_tokens={max_new_tokens} must be at least 1")
     room = cfg.max_len - T
-    remedy = f"ask for at most {room}, or shorten it" if room > 0 else f"shorten it to at most {cfg.max_len - 1}"
+    remedy = (
+        f"ask for at most {room}, or shorten it"
+        if room > 0
+        else f"shorten it to at most {max(cfg.max_len - max_new_tokens, 1)}"
+    )
     rule = f"a prompt of {T} tokens and max_new_tokens={max_new_tokens} exceed max_len={cfg.max_len}"
     require(max_new_tokens <= room, f"{rule}; {remedy}")
     check_sampler(sampler)
     greedy = sampler.temperature is None
     rules = [name for name in ("top_k", "top_p", "min_p") if getattr(sampler, name) is not None]
-    require(not (greedy and rules), f"{', '.join(rules)} without a temperature would be ignored; set temperature=1.0")
+    require(
+        not (greedy and rules),
+        f"{', '.join(rules)} without a temperature above 0 would be ignored; set one, such as 1.0",
+    )
     require(greedy or key is not None, "sampling needs key=jax.random.key(seed); without a temperature it is greedy")
     needs_memory = isinstance(model, EncoderDecoder)
     require(needs_memory == (memory is not None), _MEMORY_RULE[needs_memory])

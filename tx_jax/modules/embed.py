@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from tx_jax.config import ModelConfig
 from tx_jax.errors import require
-from tx_jax.modules.linear import TABLE_INITS, Linear
+from tx_jax.modules.linear import TABLE_INITS, Linear, product
 from tx_jax.modules.mlp import ACTIVATIONS
 from tx_jax.modules.norms import make_norm
 
@@ -31,7 +31,7 @@ class Embed(nn.Module):
 
     def logits(self, x: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
         """The dot product of x with every token's vector."""
-        return jnp.einsum("...D,VD->...V", x, self.table.astype(x.dtype), preferred_element_type=jnp.float32)
+        return product(x, self.table.astype(x.dtype), jnp.float32)
 
 
 class Head(nn.Module):

@@ -28,6 +28,17 @@ TABLE_INITS = {  # of an embedding table of width D
 }
 
 
+def product(x: Float[Array, "*b I"], kernel: Float[Array, "O I"], dtype: Any) -> Float[Array, "*b O"]:
+    """x Wᵀ over the last axis, summed and given in `dtype`.
+
+    One row a token: XLA on CPU copies the gradient of a (B, T, O) product, and recomputes it for each copy; and that of
+    jaxlib 0.7 has no (B, T, O) product of bfloat16 on a CPU that has it.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    y = jnp.einsum("RI,OI->RO", rows, kernel, preferred_element_type=dtype)
+    return y.reshape(*x.shape[:-1], kernel.shape[0])
+
+
 class Linear(nn.Module):
     """x Wᵀ + b over the last axis, in cfg.dtype; `part` says whether there is a b (BIASES)."""
 
@@ -43,10 +54,7 @@ class Linear(nn.Module):
         out_dtype = jnp.dtype(self.out_dtype or dtype)
         share = 1 / math.sqrt(2 * cfg.n_layers) if self.residual else 1.0
         kernel: Any = self.param("kernel", KERNEL_INITS[cfg.init](share), (self.features, x.shape[-1]))
-        # One row a token: XLA on CPU copies the gradient of a (B, T, O) product, and recomputes it for each copy.
-        rows = x.reshape(-1, x.shape[-1])
-        y = jnp.einsum("RI,OI->RO", rows, kernel.astype(dtype), preferred_element_type=out_dtype)
-        y = y.reshape(*x.shape[:-1], self.features)
+        y = product(x, kernel.astype(dtype), out_dtype)
         if self.part in BIASES[cfg.biases]:
             y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(out_dtype)
         return y
