@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+import sys
 
 import jax
 import numpy as np
@@ -90,6 +91,14 @@ def test_the_round_trip_over_a_run_directory_is_exact(public, tmp_path, write, c
     assert load_tokenizer(tmp_path / "back") == load_tokenizer(public)
     flags = ["--prompt", "the cat", "--temperature", 0, "--max-new-tokens", 9]
     assert write(tmp_path / "run", *flags) == write(public, *flags) == write(tmp_path / "back", *flags)
+
+
+def test_without_the_package_of_tokenizers_nothing_is_written(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(SystemExit, match="2"):
+        convert([str(run), str(tmp_path / "new")])
+    assert "needs the package tokenizers; pip install" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
 def test_what_cannot_be_converted_leaves_nothing_behind(public, tmp_path, capsys):

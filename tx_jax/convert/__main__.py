@@ -29,6 +29,7 @@ from tx_jax.convert.sources import (
     open_tokenizer,
 )
 from tx_jax.data.subwords import Subwords
+from tx_jax.data.tokenizers import ByteTokenizer, CharTokenizer
 from tx_jax.data.vocabularies import to_hugging_face
 from tx_jax.errors import InputError, require
 from tx_jax.models import EncoderDecoder, build, count_params
@@ -82,9 +83,11 @@ def _to_hugging_face(args: Args, source: Source, tokenizer: AnyTokenizer | None,
     find_family(source.cfg, architecture)  # refuses before the weights are read
     own = {"bos_token_id": getattr(tokenizer, "bos_id", None), "eos_token_id": list(end_ids({}, tokenizer))}
     ids = {key: value for key, value in own.items() if value not in (None, [])} | source.special_ids
+    # Converted before anything is written, as the package that it takes may be missing.
+    theirs = to_hugging_face(tokenizer) if isinstance(tokenizer, CharTokenizer | ByteTokenizer) else tokenizer
     save_pretrained(dst, source.cfg, source.load(args.dtype, None), special_ids=ids, architecture=architecture)
-    if tokenizer is not None:
-        (tokenizer if isinstance(tokenizer, Subwords) else to_hugging_face(tokenizer)).save(dst)
+    if theirs is not None:
+        theirs.save(dst)
 
 
 def _to_run(args: Args, source: Source, tokenizer: AnyTokenizer | None, dst: Path) -> None:
