@@ -14,7 +14,7 @@ from tx_jax.config import (
 )
 from tx_jax.convert.pretrained import save_pretrained
 from tx_jax.convert.sources import Pretrained, load_pretrained, load_tokenizer
-from tx_jax.data.batches import Batch
+from tx_jax.data.batches import Batch, PairBatch
 from tx_jax.decoding.generate import Generation, Prompt, decode, generate, pad_prompts, prefill, prepare, stream
 from tx_jax.decoding.samplers import Sampler, sample
 from tx_jax.errors import InputError
@@ -44,6 +44,7 @@ __all__ = [
     "Metrics",
     "ModelConfig",
     "OptimConfig",
+    "PairBatch",
     "Pretrained",
     "Prompt",
     "RotaryConfig",

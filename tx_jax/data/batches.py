@@ -26,11 +26,30 @@ class Batch(NamedTuple):
     weights: Float[Array | np.ndarray, "B T"]  # of each target in the loss; 0: not counted
     positions: Int[Array | np.ndarray, "B T"] | None = None  # None: 0, 1, 2, …, which leaves attention its causal form
     segments: Int[Array | np.ndarray, "B T"] | None = None  # None: one document a row
+    prefix: Int[Array | np.ndarray, " B"] | None = None  # tokens a row that all see (prefix-LM); None: none
 
     @property
     def inputs(self) -> dict[str, Array | np.ndarray | None]:
         """The keyword arguments of a model's call."""
-        return {"tokens": self.tokens, "positions": self.positions, "segments": self.segments}
+        prefix = {} if self.prefix is None else {"prefix": self.prefix}  # of a DecoderLM alone
+        return {"tokens": self.tokens, "positions": self.positions, "segments": self.segments} | prefix
+
+
+class PairBatch(NamedTuple):
+    """What a step of an EncoderDecoder reads: a source, and the target that it is to give."""
+
+    source: Int[Array | np.ndarray, "B S"]
+    tokens: Int[Array | np.ndarray, "B T"]  # what the decoder reads: a start, then all targets but the last
+    targets: Int[Array | np.ndarray, "B T"]  # the gold next id of each token
+    weights: Float[Array | np.ndarray, "B T"]  # of each target in the loss; 0: not counted
+    source_positions: Int[Array | np.ndarray, "B S"] | None = None  # −1 on padding; None: there is none
+    positions: Int[Array | np.ndarray, "B T"] | None = None  # −1 on padding; None: 0, 1, 2, …
+
+    @property
+    def inputs(self) -> dict[str, Array | np.ndarray | None]:
+        """The keyword arguments of a model's call."""
+        names = ("source", "tokens", "source_positions", "positions")
+        return {name: getattr(self, name) for name in names}
 
 
 def split(ids: Ids, valid_fraction: float) -> tuple[Ids, Ids]:
