@@ -17,9 +17,10 @@ import tyro
 
 import tx_jax as tx
 from tx_jax.command_line import keep_memory
-from tx_jax.config import ModelConfig, OptimConfig
+from tx_jax.config import ModelConfig
 from tx_jax.data.batches import Batch
 from tx_jax.parallel import jit_step
+from tx_jax.run_config import OptimConfig
 from tx_jax.training.optim import make_optimizer
 from tx_jax.training.step import init_state, make_train_step
 

@@ -12,16 +12,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tx_jax import config as checked
+from tx_jax import run_config as checked_runs
 from tx_jax.config_json import from_json, to_json
 from tx_jax.errors import InputError
 from tx_jax.presets import MODELS, RUNS
 
-# The module once more, as a user has it: under pytest jaxtyping would refuse wrong types before our own rules do.
-spec = importlib.util.spec_from_file_location("plain_config", checked.__file__)
-config = sys.modules["plain_config"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(config)
-Run, Model, Rotary, Data = config.RunConfig, config.ModelConfig, config.RotaryConfig, config.DataConfig
-Optim, Train, Mesh = config.OptimConfig, config.TrainConfig, config.MeshConfig
+
+# The modules once more, as a user has them: under pytest jaxtyping would refuse wrong types before our own rules do.
+def plain(module, **others):
+    spec = importlib.util.spec_from_file_location(f"plain_{module.__name__}", module.__file__)
+    found = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, other in others.items():
+            patch.setitem(sys.modules, f"tx_jax.{name}", other)
+        spec.loader.exec_module(found)
+    return found
+
+
+config = plain(checked)
+runs = plain(checked_runs, config=config)
+Model, Rotary = config.ModelConfig, config.RotaryConfig
+Run, Data, Optim, Train, Mesh = runs.RunConfig, runs.DataConfig, runs.OptimConfig, runs.TrainConfig, runs.MeshConfig
 PRESETS = {name: make() for name, make in MODELS.items()} | {name: make("gpu") for name, make in RUNS.items()}
 
 IMPOSSIBLE = [  # (class, fields, what the message says)
@@ -118,11 +129,11 @@ IMPOSSIBLE = [  # (class, fields, what the message says)
     (Mesh, {"data": 0}, "mesh.data=0 must be at least 1, or None"),
     (Mesh, {"tensor": -2}, "mesh.tensor=-2 must be at least 1, or None"),
     (Run, {"data": Data(seq_len=2048)}, "data.seq_len=2048 exceeds model.max_len=1024; raise model.max_len or"),
-    (config.LoraConfig, {"rank": -1}, "lora.rank=-1 must not be negative; 0 trains all parameters"),
-    (config.LoraConfig, {"alpha": 0.0}, "lora.alpha=0.0 must be positive; twice the rank is usual"),
-    (config.LoraConfig, {"alpha": 8.0}, "lora.alpha=8.0 has no effect with lora.rank=0, which trains all parameters"),
-    (config.LoraConfig, {"targets": "q"}, "lora.targets='q' has no effect with lora.rank=0"),
-    (Run, {"lora": config.LoraConfig(rank=4)}, "lora.rank=4 needs a model to adapt; give --init"),
+    (runs.LoraConfig, {"rank": -1}, "lora.rank=-1 must not be negative; 0 trains all parameters"),
+    (runs.LoraConfig, {"alpha": 0.0}, "lora.alpha=0.0 must be positive; twice the rank is usual"),
+    (runs.LoraConfig, {"alpha": 8.0}, "lora.alpha=8.0 has no effect with lora.rank=0, which trains all parameters"),
+    (runs.LoraConfig, {"targets": "q"}, "lora.targets='q' has no effect with lora.rank=0"),
+    (Run, {"lora": runs.LoraConfig(rank=4)}, "lora.rank=4 needs a model to adapt; give --init"),
     (Run, {"run_dir": ""}, "run_dir='' names no directory; use --run-dir runs/NAME"),
     (Run, {"train": Train(n_steps=50)}, "optim.warmup_steps=100 exceeds train.n_steps=50; shorten it by --optim"),
 ]  # fmt: skip

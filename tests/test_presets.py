@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 
 import tx_jax as tx
-from tx_jax.config import RunConfig
 from tx_jax.presets import MODELS, RUNS
+from tx_jax.run_config import RunConfig
 
 # Sizes of the released checkpoints (safetensors metadata of their model pages), or as noted.
 PUBLISHED = {

@@ -2,16 +2,7 @@
 
 from tx_jax import presets
 from tx_jax.cache import Cache, LayerCache, init_cache
-from tx_jax.config import (
-    DataConfig,
-    LoraConfig,
-    MeshConfig,
-    ModelConfig,
-    OptimConfig,
-    RotaryConfig,
-    RunConfig,
-    TrainConfig,
-)
+from tx_jax.config import ModelConfig, RotaryConfig
 from tx_jax.convert.pretrained import save_pretrained
 from tx_jax.convert.sources import Pretrained, load_pretrained, load_tokenizer
 from tx_jax.data.batches import Batch, PairBatch
@@ -23,6 +14,7 @@ from tx_jax.models import DecoderLM, Encoder, EncoderDecoder, build, count_param
 from tx_jax.ops.attention import attention
 from tx_jax.ops.masks import Mask
 from tx_jax.parallel import jit_step, make_mesh, pmap_step
+from tx_jax.run_config import DataConfig, LoraConfig, MeshConfig, OptimConfig, RunConfig, TrainConfig
 from tx_jax.sentences import encode_text
 from tx_jax.training.losses import cross_entropy
 from tx_jax.training.optim import make_optimizer, make_schedule

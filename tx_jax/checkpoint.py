@@ -19,9 +19,9 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, PyTree
 
-from tx_jax.config import RunConfig
 from tx_jax.config_json import from_json, to_json
 from tx_jax.errors import InputError, require
+from tx_jax.run_config import RunConfig
 
 RunDir = str | os.PathLike[str]
 UNFINISHED = ".orbax-checkpoint-tmp"  # Orbax's suffix of what is not whole (orbax TMP_DIR_SUFFIX)

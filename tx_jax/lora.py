@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from tx_jax.config import LoraConfig
 from tx_jax.errors import InputError, require
+from tx_jax.run_config import LoraConfig
 
 TARGETS = LoraConfig().targets
 

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from tx_jax.config import MeshConfig
 from tx_jax.errors import require
+from tx_jax.run_config import MeshConfig
 
 P = PartitionSpec
 AXIS = "data"  # the axis_name that a step for pmap_step is made with

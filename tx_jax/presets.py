@@ -6,15 +6,8 @@ Parameter counts are those that the publishers' own checkpoints have; a test hol
 import dataclasses
 from collections.abc import Callable
 
-from tx_jax.config import (
-    DataConfig,
-    DType,
-    ModelConfig,
-    OptimConfig,
-    RotaryConfig,
-    RunConfig,
-    TrainConfig,
-)  # fmt: skip
+from tx_jax.config import DType, ModelConfig, RotaryConfig
+from tx_jax.run_config import DataConfig, OptimConfig, RunConfig, TrainConfig
 
 
 def _vaswani(d_model: int, n_heads: int, d_mlp: int, dropout_rate: float) -> ModelConfig:

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from tx_jax.command_line import one_line_errors, parse_run
-from tx_jax.config import ModelConfig, OptimConfig
+from tx_jax.config import ModelConfig
 from tx_jax.presets import RUNS
+from tx_jax.run_config import OptimConfig
 
 ROOT = Path(__file__).parents[2]
 

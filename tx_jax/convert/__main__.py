@@ -17,7 +17,6 @@ import tyro
 
 from tx_jax import checkpoint
 from tx_jax.command_line import one_line_errors, parse
-from tx_jax.config import DataConfig, RunConfig
 from tx_jax.convert.pretrained import Source, find_family, save_pretrained
 from tx_jax.convert.sources import (
     AnyTokenizer,
@@ -33,6 +32,7 @@ from tx_jax.data.tokenizers import ByteTokenizer, CharTokenizer
 from tx_jax.data.vocabularies import to_hugging_face
 from tx_jax.errors import InputError, require
 from tx_jax.models import EncoderDecoder, build, count_params
+from tx_jax.run_config import DataConfig, RunConfig
 
 Layout = Literal["hugging_face", "run"]
 

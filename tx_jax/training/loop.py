@@ -18,7 +18,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tx_jax import checkpoint
-from tx_jax.config import MeshConfig, RunConfig
 from tx_jax.convert.sources import AnyTokenizer
 from tx_jax.data.batches import Batch, split, train_batches, valid_batches
 from tx_jax.data.corpora import load_text
@@ -29,6 +28,7 @@ from tx_jax.errors import require
 from tx_jax.inspect import plot_metrics
 from tx_jax.models import DecoderLM
 from tx_jax.parallel import AXIS, Launcher, jit_step, make_mesh, pmap_step
+from tx_jax.run_config import MeshConfig, RunConfig
 from tx_jax.training.optim import make_optimizer, make_schedule
 from tx_jax.training.report import Report
 from tx_jax.training.start import first_state, make_assemble, open_start

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from tx_jax.config import OptimConfig
+from tx_jax.run_config import OptimConfig
 
 
 def _cosine(cfg: OptimConfig, n_steps: int) -> optax.Schedule:

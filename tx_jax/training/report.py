@@ -11,8 +11,8 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from tx_jax.config import RunConfig
 from tx_jax.models import count_params
+from tx_jax.run_config import RunConfig
 from tx_jax.training.step import Metrics
 
 

@@ -1,0 +1,151 @@
+"""A training run as a frozen value: what is read, how it is optimised, for how long, on which devices.
+
+Like a ModelConfig it is data that checks itself; a run directory keeps it as config.json.
+"""
+
+import dataclasses
+from typing import Literal
+
+from tx_jax.config import ModelConfig
+from tx_jax.config_checks import check
+from tx_jax.errors import require
+
+Schedule = Literal["constant", "cosine", "noam", "wsd"]
+TokenizerKind = Literal["char", "byte", "bpe"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is read, and how it is cut into batches."""
+
+    corpus: Literal["tiny_shakespeare"] = "tiny_shakespeare"  # used when path is None
+    path: str | None = None  # a UTF-8 text file, or a directory of *.txt, of your own
+    tokenizer: TokenizerKind = "char"  # char | byte | bpe, learnt from the text
+    vocab_size: int = 4096  # ids of a bpe tokenizer, at most
+    seq_len: int = 64  # tokens (T)
+    batch_size: int = 12  # sequences in a step, over all devices (B)
+    valid_fraction: float = 0.1  # the last part of the text, held out
+
+    def __post_init__(self) -> None:
+        check(self)
+        f = self.valid_fraction
+        require(0 < f < 1, f"valid_fraction={f} must be between 0 and 1; 0.1 holds out a tenth")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW with clipping, and a learning rate that changes with the step."""
+
+    schedule: Schedule = "cosine"  # constant | cosine | noam | wsd, each after a linear warm-up
+    peak_lr: float = 1e-3  # the highest learning rate
+    end_lr: float = 1e-4  # where cosine and wsd end
+    warmup_steps: int = 100  # optimiser steps from 0 to peak_lr
+    decay_steps: int | None = None  # wsd: length of the final decay; None: a fifth of the run
+    beta1: float = 0.9
+    beta2: float = 0.99
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # of matrices only: not of biases and norms
+    clip_norm: float | None = 1.0  # of the global gradient; None: no clipping
+
+    def __post_init__(self) -> None:
+        check(self)
+        require(self.peak_lr > 0, f"peak_lr={self.peak_lr} must be positive; try 1e-3")
+        low, peak = self.end_lr, self.peak_lr
+        require(0 <= low <= peak, f"end_lr={low} must be from 0 to peak_lr={peak}; lower --optim.end-lr, too")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"{name}={value} must be in [0, 1)")
+        require(self.eps > 0, f"eps={self.eps} must be positive; Adam's usual value is 1e-8")
+        require(self.weight_decay >= 0, f"weight_decay={self.weight_decay} must not be negative")
+        clip = self.clip_norm
+        require(clip is None or clip > 0, f"clip_norm={clip} must be positive, or None for no clipping")
+        require(self.schedule != "noam" or self.warmup_steps > 0, "schedule='noam' needs warmup_steps of at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long to train, and what to write down on the way. Every *_every is in optimiser steps; 0 means never."""
+
+    n_steps: int = 2000  # optimiser steps
+    label_smoothing_rate: float = 0.0  # ε of Szegedy et al. 2016 §7; 0.1 in Vaswani et al. 2017
+    seed: int = 0  # of initialisation, dropout, data order and samples
+    log_every: int = 50
+    eval_every: int = 500  # the whole validation split
+    sample_every: int = 500
+    save_every: int = 500
+    keep: int = 2  # newest checkpoints kept
+    sample_prompt: str | None = None  # None: a newline, or the first character of a text without one
+    sample_tokens: int = 200  # tokens of each sample on the way
+
+    def __post_init__(self) -> None:
+        check(self)
+        require(self.keep >= 1, f"keep={self.keep} must be at least 1, the newest checkpoint")
+        require(
+            self.sample_tokens >= 1,
+            f"sample_tokens={self.sample_tokens} must be at least 1; sample_every=0 stops samples",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices along each axis. All None: every device for data, by pmap on one host."""
+
+    data: int | None = None  # copies of the model, each on its part of the batch
+    fsdp: int | None = None  # also parts of the batch, with parameters split among them
+    tensor: int | None = None  # parts of each matrix
+
+    def __post_init__(self) -> None:
+        check(self)
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            require(value is None or value >= 1, f"mesh.{field.name}={value} must be at least 1, or None")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Adapters of low rank that are trained in place of the parameters. Source: Hu et al. 2021."""
+
+    rank: int = 0  # of what is added to each matrix (r); 0: no adapters, all parameters are trained
+    alpha: float = 16.0  # what is added counts alpha / rank times
+    targets: str = r"attention/(q|v)/kernel$"  # matrices, by a pattern of their path; q and v as in §7.1 of the source
+
+    def __post_init__(self) -> None:
+        check(self)
+        require(self.rank >= 0, f"lora.rank={self.rank} must not be negative; 0 trains all parameters")
+        require(self.alpha > 0, f"lora.alpha={self.alpha} must be positive; twice the rank is usual")
+        for field in dataclasses.fields(self) if not self.rank else ():
+            value = getattr(self, field.name)
+            rule = f"lora.{field.name}={value!r} has no effect with lora.rank=0, which trains all parameters"
+            require(value == field.default, f"{rule}; give --lora.rank 8, or leave it out")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole training run: `train.py` makes one, its run directory keeps it, `sample.py` reads it."""
+
+    run_dir: str = "runs/run"  # where everything is written
+    init: str | None = None  # what to begin with: smollm2, a Hugging Face directory, a GGUF file, a run, hf://ORG/NAME
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    mesh: MeshConfig = MeshConfig()
+    lora: LoraConfig = LoraConfig()
+
+    def __post_init__(self) -> None:
+        check(self)
+        long, room, given = self.data.seq_len, self.model.max_len, self.init is not None  # then the model is init's
+        rule = f"data.seq_len={long} exceeds model.max_len={room}"
+        require(given or long <= room, f"{rule}; raise model.max_len or shorten it")
+        require(given or not self.lora.rank, f"lora.rank={self.lora.rank} needs a model to adapt; give --init")
+        require(self.run_dir != "", "run_dir='' names no directory; use --run-dir runs/NAME")
+        warm, total = self.optim.warmup_steps, self.train.n_steps
+        require(
+            warm <= total or self.optim.schedule == "constant",
+            f"optim.warmup_steps={warm} exceeds train.n_steps={total}; shorten it by --optim.warmup-steps",
+        )
+        decay = self.optim.decay_steps
+        require(
+            decay is None or self.optim.schedule != "wsd" or 1 <= decay <= total - warm,
+            f"optim.decay_steps={decay} must be 1 to {total - warm}: train.n_steps={total} without the warm-up",
+        )
