@@ -1,33 +1,33 @@
 """Write text with a model: `python sample.py runs/gpt-shakespeare --prompt "ROMEO:"`, `python sample.py smollm2
---interactive`, or with the directory or GGUF file of a published model.
+--interactive`, or with the directory or GGUF file of a published model; an encoder-decoder translates a --source.
 
 Text goes to standard output, speeds to standard error.
 """
 
 import dataclasses
-import io
 import itertools
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, NamedTuple, cast
+from typing import Annotated, cast
 
 import jax
 import numpy as np
 import tyro
-from jaxtyping import PRNGKeyArray
 
 import tx_jax as tx
 from tx_jax.checkpoint import latest_step, read_config
 from tx_jax.command_line import keep_compiled, one_line_errors, parse
+from tx_jax.convert.pretrained import Source
 from tx_jax.convert.sources import AnyTokenizer, end_ids, find_source, is_run, open_source, open_tokenizer
 from tx_jax.data.chat import encode_chat
 from tx_jax.data.subwords import Subwords
-from tx_jax.decoding import session
 from tx_jax.decoding.generate import prepare
 from tx_jax.decoding.samplers import check_sampler
 from tx_jax.errors import InputError, require
+from tx_jax.inspect import plot_translation
+from tx_jax.writing import Writer, complete, converse, messages, say, show, tokens_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +37,12 @@ class Args:
     # a run directory of train.py, a Hugging Face directory, a GGUF file, smollm2, or hf://ORG/NAME
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     prompt: str | None = None  # text; @FILE reads a file, - reads standard input; None: the run's sample_prompt
+    source: str | None = None  # of an encoder-decoder: a line to translate; @FILE, or - for a stream of lines
+    n_beams: int = 4  # of the search for a translation; --temperature 0 is greedy, more than 0 draws instead
+    n_best: int = 1  # translations of a line; with their scores, if several
+    length_penalty: float = 0.6  # α of GNMT: scores are divided by ((5 + length) / 6)^α
+    truncate: bool = False  # cut sources that are longer than the model's positions; otherwise they are refused
+    show_attention: str | None = None  # draw what the first translation attends to in its source, to this .png or .svg
     raw: bool = False  # go on from the prompt; otherwise a public model with a chat template answers it
     system: str | None = None  # what a chat begins with
     interactive: bool = False  # a conversation: a message a line
@@ -65,23 +71,7 @@ class Args:
         )
 
 
-class Writer(NamedTuple):
-    """What is the same for all that is written."""
-
-    model: tx.DecoderLM
-    params: dict
-    tokenizer: AnyTokenizer
-    ends: tuple[int, ...]  # tokens that end a text
-    new: int | None  # at most so many tokens
-    sampler: tx.Sampler
-    key: PRNGKeyArray
-
-    def room(self, n_tokens: int) -> int:
-        """How many tokens may follow so many."""
-        room = max(self.model.cfg.max_len - n_tokens, 1)
-        return min(500, room) if self.new is None else self.new
-
-
+OTHERS = {"encoder_decoder": "give it a --source TEXT", "encoder": "see tx.encode_text for what it is for"}
 DEFAULT_TEMPERATURE = {False: 0.8, True: 0.0}  # of a text that goes on, and of an answer: greedy, as in transformers
 
 
@@ -93,6 +83,9 @@ def main(argv: list[str]) -> None:
     said = None if args.prompt is None else read_prompt(args.prompt)
     path = find_source(args.model)
     source, run = open_source(path, args.step), is_run(path)
+    if args.source is not None:
+        translate_lines(args, path, source)
+        return
     writer, chats = prepare_writer(args, path, source.cfg, source.special_ids)
     own = read_config(path).train.sample_prompt if run else None  # of training: a text to go on from, no message
     asked = args.interactive or said is not None or own is not None
@@ -121,7 +114,7 @@ def prepare_writer(args: Args, path: Path, cfg: tx.ModelConfig, special_ids: dic
     fast = "float32" if jax.default_backend() == "cpu" else "bfloat16"  # bfloat16 is slow on a CPU
     model = tx.build(dataclasses.replace(cfg, dtype=cfg.dtype if run and fast == "bfloat16" else fast))
     if not isinstance(model, tx.DecoderLM):
-        raise InputError(f"model={args.model!r} is an {cfg.stack}, which does not write on; give a decoder")
+        raise InputError(f"model={args.model!r} is an {cfg.stack}, which does not write on; {OTHERS[cfg.stack]}")
     if tokenizer is None:
         raise InputError(f"model={args.model!r} has no tokenizer; put its tokenizer.json beside the weights")
     chats = isinstance(tokenizer, Subwords) and tokenizer.chat_template is not None and not args.raw
@@ -143,15 +136,8 @@ def encode(tokenizer: AnyTokenizer, text: str, ends: tuple[int, ...]) -> np.ndar
     return ids[:-1] if len(ids) > 1 and int(ids[-1]) in ends else ids
 
 
-def messages(system: str | None, *turns: str) -> list[dict[str, str]]:
-    """A chat: the system's words, if any, then the user's and the assistant's in turn."""
-    said = [{"role": "system", "content": system}] if system is not None else []
-    roles = itertools.cycle(["user", "assistant"])
-    return said + [{"role": role, "content": text} for role, text in zip(roles, turns, strict=False)]
-
-
-def read_prompt(prompt: str) -> str:
-    """The text that --prompt stands for."""
+def read_prompt(prompt: str, flag: str = "prompt") -> str:
+    """The text that --prompt, or another flag, stands for."""
     try:
         if prompt == "-":
             data = sys.stdin.buffer.read()
@@ -159,113 +145,70 @@ def read_prompt(prompt: str) -> str:
             data = Path(prompt[1:]).read_bytes()
         else:
             data = prompt.encode("utf-8", "surrogateescape")
-        require(data, f"prompt={prompt!r} is empty; give at least one character")
+        require(data, f"{flag}={prompt!r} is empty; give at least one character")
         return data.decode("utf-8")
     except OSError as error:
-        raise InputError(f"prompt={prompt!r} cannot be read ({error.strerror}); name a file after the @") from error
+        raise InputError(f"{flag}={prompt!r} cannot be read ({error.strerror}); name a file after the @") from error
     except UnicodeDecodeError as error:
         where = f"byte 0x{error.object[error.start]:02x} at offset {error.start}"
-        raise InputError(f"prompt={prompt!r} is not UTF-8: {where}; convert it, such as by iconv") from error
+        raise InputError(f"{flag}={prompt!r} is not UTF-8: {where}; convert it, such as by iconv") from error
 
 
-def complete(writer: Writer, echo: str, tokens: np.ndarray) -> None:
-    """Print every sample when all are there. Compiling is not counted in the speeds."""
-    model, params, sampler, key = writer.model, writer.params, writer.sampler, writer.key
-    new = writer.room(tokens.shape[1])
-    padded, n_slots = prepare(model, tokens, None, new, sampler, key, None)
-    cache = tx.init_cache(model.cfg, len(tokens), n_slots)
-    fill = jax.jit(tx.prefill, static_argnums=0, donate_argnums=3).lower(model, params, padded, cache).compile()
-    start = time.perf_counter()
-    logits, cache = jax.block_until_ready(fill(params, padded, cache))
-    filling = time.perf_counter() - start
-    loop = jax.jit(tx.decode, static_argnums=(0, 4), donate_argnums=3)
-    ends = np.array(writer.ends) if writer.ends else None
-    run = loop.lower(model, params, logits, cache, new, sampler, key, ends).compile()
-    start = time.perf_counter()
-    out = run(params, logits, cache, sampler, key, ends)
-    rows, lengths = np.asarray(out.tokens), np.asarray(out.lengths)
-    decoding = time.perf_counter() - start
-    for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-        if len(rows) > 1:
-            print(f"--- sample {i + 1}")
-        print(echo + writer.tokenizer.decode([i for i in row[:length] if i < writer.tokenizer.vocab_size]))
-    say(f"prefill {tokens.size} tokens", tokens.size, filling)
-    say(f"decode {lengths.sum()} tokens", lengths.sum() - len(rows), decoding)  # each row's first came from the prefill
-
-
-def tokens_of(writer: Writer, ids: np.ndarray) -> Iterator[int]:
-    """New tokens as they come, up to one that ends the text."""
-    more = {"max_new_tokens": writer.room(len(ids)), "sampler": writer.sampler, "key": writer.key}
-    rows = tx.stream(writer.model, writer.params, ids[None], **more)
-    return itertools.takewhile(lambda token: token not in writer.ends, (int(row[0]) for row in rows))
-
-
-def show(writer: Writer, echo: str, tokens: Iterable[int]) -> str:
-    """Print a text as its tokens come, and give it back. The first two compile, and are not counted in the speed."""
-    times, pieces = [time.perf_counter()], []
-
-    def clocked() -> Iterator[int]:
-        for token in tokens:
-            times.append(time.perf_counter())
-            if token < writer.tokenizer.vocab_size:  # a model's table may be longer, up to a round number
-                yield token
-
-    print(echo, end="", flush=True)
-    for piece in writer.tokenizer.stream(clocked()):
-        print(piece, end="", flush=True)
-        pieces.append(piece)
-    print(flush=True)
-    n = len(times) - 1
-    say(f"first token after {times[min(1, n)] - times[0]:.2f} s", 0, 0)
-    say(f"decode {n} tokens", n - 2, times[-1] - times[min(2, n)])
-    return "".join(pieces)
-
-
-def converse(writer: Writer, system: str | None) -> None:
-    """Answer each line of standard input, with the cache of all that was said before."""
-    model, params, said = writer.model, writer.params, list[str]()
-    tokenizer = cast(Subwords, writer.tokenizer)
-    held = session.start(model)
-
-    def answer(ids: np.ndarray) -> Iterator[int]:
-        nonlocal held
-        logits, held = session.read(model, params, held, ids)
-        more = {"max_new_tokens": writer.room(len(ids)), "sampler": writer.sampler}
-        key = jax.random.fold_in(writer.key, len(said))
-        for token, now in session.write(model, params, logits, held, key=key, **more):
-            held = now
-            if token in writer.ends:
+def translate_lines(args: Args, path: Path, opened: Source) -> None:
+    """Print the translation of each line of --source, in their order; an empty line stays empty."""
+    cfg, tokenizer, said = opened.cfg, open_tokenizer(path), opened.special_ids
+    for flag in ("prompt", "interactive", "stream", "system"):
+        require(not getattr(args, flag), f"--{flag} is for a text that goes on, not for --source; leave one out")
+    require(args.num_samples == 1, f"num_samples={args.num_samples} is not for --source; give --n-best")
+    if cfg.stack != "encoder_decoder":
+        raise InputError(f"model={args.model!r} is a {cfg.stack}, which does not translate; give it a --prompt")
+    if not isinstance(tokenizer, Subwords):
+        raise InputError(f"model={args.model!r} has no tokenizer; put its tokenizer.json beside the weights")
+    fast = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    model = cast(tx.EncoderDecoder, tx.build(dataclasses.replace(cfg, dtype=fast)))
+    drawn = args.temperature or any(rule is not None for rule in (args.top_k, args.top_p, args.min_p))
+    sampler = tx.Sampler(args.temperature or 1.0, args.top_k, args.top_p, args.min_p) if drawn else None
+    params = opened.load(None if is_run(path) else fast, None)
+    start_id, ends = said.get("decoder_start_token_id", tokenizer.bos_id), end_ids(said, tokenizer)
+    start, count = time.perf_counter(), 0
+    for first, lines in read_lines(cast(str, args.source)):
+        full = [line for line in lines if line.strip()]
+        told = iter(
+            tx.translate(
+                model, params, tokenizer, full,
+                n_beams=1 if args.temperature == 0 else max(args.n_beams, args.n_best), n_best=args.n_best,
+                length_penalty=args.length_penalty, sampler=sampler,
+                key=jax.random.fold_in(jax.random.key(args.seed), first), max_new_tokens=args.max_new_tokens,
+                truncate=args.truncate, special="<extra_id_0>" in tokenizer.special_tokens,
+                start_id=start_id, end_ids=ends, first=first,
+            )
+        )  # fmt: skip
+        for line in lines:
+            found = next(told) if line.strip() else []
+            print("\n".join(best.text if args.n_best == 1 else f"{best.score:.4f}\t{best.text}" for best in found))
+            if args.show_attention is not None and found:
+                plot_translation(model, params, tokenizer, found[0], start_id, args.show_attention)
                 return
-            yield token
-
-    for line in messages_typed():
-        said.append(line)
-        while (n := len(ids := encode_chat(tokenizer, messages(system, *said)))) >= model.cfg.max_len and len(said) > 2:
-            del said[:2]
-            print("the conversation is too long: its oldest turn is forgotten", file=sys.stderr)
-        if n >= model.cfg.max_len:
-            print(f"the message has {n} tokens, max_len={model.cfg.max_len}; say it shorter", file=sys.stderr)
-            said.clear()
-            continue
-        said.append(show(writer, "", answer(ids)))
+        sys.stdout.flush()
+        count += len(full)
+    say(f"{count} lines in {time.perf_counter() - start:.1f} s, with compilation", 0, 0)
 
 
-def messages_typed() -> Iterator[str]:
-    """The lines of standard input that are not empty; bytes that are no UTF-8 become U+FFFD."""
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="replace")
-    while True:
-        print("> " * sys.stdin.isatty(), end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
-        if not line:
-            return
-        if line.strip():
-            yield line.strip()
+CHUNK = 1024  # lines of a stream that are read before any is translated, so that like lengths go together
 
 
-def say(what: str, n_tokens: int, seconds: float) -> None:
-    """One line for the person, with the speed if there is one."""
-    print(what + (f", {n_tokens / seconds:,.0f} tokens/s" if n_tokens > 0 else ""), file=sys.stderr)
+def read_lines(source: str) -> Iterator[tuple[int, list[str]]]:
+    """The lines that --source stands for, CHUNK at a time, one by one from a terminal; and the first one's number."""
+    if source != "-":
+        yield 1, read_prompt(source, "source").removesuffix("\n").split("\n")
+        return
+    first, n = 1, 1 if sys.stdin.isatty() else CHUNK
+    while lines := list(itertools.islice(sys.stdin.buffer, n)):
+        for number, line in enumerate(lines, first):
+            rule = f"line {number} of standard input is not UTF-8"
+            require(line.decode("utf-8", "ignore").encode() == line, f"{rule}; convert it, such as by iconv")
+        yield first, [line.decode("utf-8").rstrip("\r\n") for line in lines]
+        first += len(lines)
 
 
 if __name__ == "__main__":

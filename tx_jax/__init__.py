@@ -19,6 +19,7 @@ from tx_jax.sentences import encode_text
 from tx_jax.training.losses import cross_entropy
 from tx_jax.training.optim import make_optimizer, make_schedule
 from tx_jax.training.step import Metrics, TrainState, init_state, make_eval_step, make_train_step
+from tx_jax.translate import Translation, translate
 
 __all__ = [
     "Batch",
@@ -44,6 +45,7 @@ __all__ = [
     "Sampler",
     "TrainConfig",
     "TrainState",
+    "Translation",
     "attention",
     "build",
     "count_params",
@@ -72,4 +74,5 @@ __all__ = [
     "sample",
     "save_pretrained",
     "stream",
+    "translate",
 ]

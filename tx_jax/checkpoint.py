@@ -6,6 +6,7 @@ in place. Parameters are stored apart from the rest, so that sampling never read
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -116,7 +117,7 @@ def saver(run_dir: RunDir, keep: int) -> Iterator[Callable[[int, Any, dict[str, 
         )
         # Orbax hangs at a NumPy scalar, and might read a NumPy array after its owner has changed it.
         state = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jnp.array(x), state)
-        parts = {"params": state.params, "state": state._replace(params=())}
+        parts = _parts(state)
         copied = json.loads(json.dumps(data))  # `data` may be the iterator's own dict, which the next batch changes
         path = str(_home(run_dir) / str(step))
         pending = ocp.save_checkpointables_async(path, parts, custom_metadata={"data": copied})
@@ -141,18 +142,34 @@ def restore(run_dir: RunDir, abstract_state: Any, step: int | None = None) -> tu
     Raises:
         InputError: there is no such checkpoint, it cannot be read, or a leaf differs in name, shape or dtype.
     """
-    parts = {"params": abstract_state.params, "state": abstract_state._replace(params=())}
-    found, data = _load(step_dir(run_dir, step), parts)
-    return found["state"]._replace(params=found["params"]), data
+    found, data = _load(step_dir(run_dir, step), _parts(abstract_state))
+    return found.pop("state")._replace(**found), data
 
 
-def restore_params(run_dir: RunDir, abstract_params: PyTree, step: int | None = None) -> PyTree[Array]:
+def _parts(state: Any) -> dict[str, Any]:
+    """A state as what is stored apart and can be read alone, if it is there, and the rest."""
+    apart = {name: getattr(state, name, ()) for name in ("params", "ema")}
+    apart = {name: tree for name, tree in apart.items() if jax.tree.leaves(tree)}
+    return apart | {"state": state._replace(**dict.fromkeys(apart, ()))}
+
+
+def restore_params(
+    run_dir: RunDir, abstract_params: PyTree, step: int | None = None, *, part: str = "params", n_averaged: int = 1
+) -> PyTree[Array]:
     """The parameters alone, saved at `step` (None: the newest); the optimiser's state is not read.
+
+    Args:
+        part: params, or ema, the mean over steps that a run may keep.
+        n_averaged: the mean of so many checkpoints, or of all if there are fewer, of which step is the last.
 
     Raises:
         InputError: as `restore`.
     """
-    return _load(step_dir(run_dir, step), {"params": abstract_params})[0]["params"]
+    last = int(step_dir(run_dir, step).name)
+    steps = [step for step in _steps(run_dir) if step <= last][-n_averaged:]
+    trees = (_load(step_dir(run_dir, step), {part: abstract_params})[0][part] for step in steps)
+    total = functools.reduce(lambda one, other: jax.tree.map(jnp.add, one, other), trees)
+    return total if len(steps) == 1 else jax.tree.map(lambda leaf: leaf / len(steps), total)
 
 
 def stored_params(run_dir: RunDir, step: int | None = None) -> dict[str, Any]:

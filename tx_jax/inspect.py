@@ -4,14 +4,24 @@ import dataclasses
 import importlib.util
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from xml.sax.saxutils import escape
 
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
 from tx_jax.config import ModelConfig
-from tx_jax.models import count_params
+from tx_jax.data.libraries import package
+from tx_jax.data.subwords import Subwords
+from tx_jax.errors import require
+from tx_jax.models import EncoderDecoder, count_params
+from tx_jax.ops.attention import attention
+from tx_jax.ops.masks import Mask
 from tx_jax.presets import MODELS
+from tx_jax.translate import Translation
 
 
 def plot_metrics(run_dir: str | Path) -> Path | None:
@@ -37,6 +47,68 @@ def plot_metrics(run_dir: str | Path) -> Path | None:
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=120)
     return path
+
+
+def cross_attention(
+    model: EncoderDecoder, params: dict, source: Int[Array, "B S"], tokens: Int[Array, "B T"], **positions: Array
+) -> Float[Array, "L B N T S"]:
+    """How much each target token attends to each source token, by layer and head; over the source it sums to 1.
+
+    Args:
+        tokens: what the decoder reads: a start, then the target.
+        positions: source_positions and positions, −1 on padding, as in a call of the model.
+    """
+    cfg: ModelConfig = model.cfg
+    name = "q_norm" if cfg.qk_norm else "q"  # what gives the queries as they are scored
+    shown: Any = lambda module, _: module.name == name and module.parent.name == "cross_attention"  # noqa: E731
+    _, found = model.apply(
+        {"params": params}, source, tokens, **positions, capture_intermediates=shown, mutable=["intermediates"]
+    )  # fmt: skip
+    memory: Any = model.apply({"params": params}, source, positions.get("source_positions"), method="encode")
+    (B, S), mask = source.shape, Mask(k_positions=memory.positions)
+    one_hot = jnp.broadcast_to(jnp.eye(S)[:, None], (B, S, cfg.K, S))  # as values, they give the weights themselves
+    scores = {"scale": cfg.attention_scale, "soft_cap": cfg.attention_soft_cap}
+
+    def weights(i: int) -> Array:
+        (q,) = found["intermediates"]["decoder"][f"blocks_{i}"]["cross_attention"][name]["__call__"]
+        return attention(q.reshape(*tokens.shape, cfg.n_heads, cfg.H), memory.layers[i].k, one_hot, mask, **scores)
+
+    return jnp.stack([weights(i) for i in range(cfg.n_layers)]).swapaxes(2, 3)
+
+
+def plot_attention(weights: np.ndarray, source: Sequence[str], target: Sequence[str], path: str | Path) -> None:
+    """Draw (L, T, S) weights of a sentence, one picture a layer, with the words of both on the axes.
+
+    Raises:
+        InputError: matplotlib is not installed, or path's ending is no kind of picture.
+    """
+    package("matplotlib", "plots")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    L, T, S = weights.shape
+    figure = Figure(figsize=(L * (0.32 * S + 0.6) + 1, 0.28 * T + 1.6), layout="constrained")
+    kinds = FigureCanvasAgg(figure).get_supported_filetypes()
+    rule = f"{path} is not a picture's name; end it with .png or .svg"
+    require(Path(path).suffix.removeprefix(".") in kinds, rule)
+    panels = figure.subplots(1, L, sharey=True, squeeze=False)[0]
+    for layer, axes in enumerate(panels):
+        axes.imshow(weights[layer], cmap="Blues", vmin=0, aspect="auto")
+        axes.set_title(f"layer {layer + 1}", fontsize=9)
+        axes.set_xticks(range(S), source, rotation=90)
+    panels[0].set_yticks(range(T), target)
+    figure.savefig(path, dpi=150)
+
+
+def plot_translation(
+    model: EncoderDecoder, params: dict, tokenizer: Subwords, best: Translation, start_id: int, path: str | Path
+) -> None:
+    """Draw what a translation attends to in its source, as the mean over heads. Raises as `plot_attention` does."""
+    ids = best.ids
+    tokens = jnp.asarray([[start_id, *ids[:-1]]], jnp.int32)
+    weights = np.asarray(cross_attention(model, params, jnp.asarray(best.source_ids)[None], tokens))[:, 0].mean(axis=1)
+    names = ([tokenizer.decode([i], special=True).strip() for i in part] for part in (best.source_ids, ids))
+    plot_attention(weights, *names, path)
 
 
 Number = int | float  # pixels

@@ -12,24 +12,45 @@ from tx_jax.errors import require
 
 Schedule = Literal["constant", "cosine", "noam", "wsd"]
 TokenizerKind = Literal["char", "byte", "bpe"]
+Corpus = Literal["tiny_shakespeare", "tatoeba_en_es", "number_words"]
+Objective = Literal["next_token", "prefix_lm", "masked_lm", "span_corruption", "translate"]
+STACKS = {  # that an objective trains
+    "next_token": "decoder",
+    "prefix_lm": "decoder",
+    "masked_lm": "encoder",
+    "span_corruption": "encoder_decoder",
+    "translate": "encoder_decoder",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What is read, and how it is cut into batches."""
 
-    corpus: Literal["tiny_shakespeare"] = "tiny_shakespeare"  # used when path is None
-    path: str | None = None  # a UTF-8 text file, or a directory of *.txt, of your own
+    objective: Objective = "next_token"  # next_token | prefix_lm | masked_lm | span_corruption: of text; translate
+    corpus: Corpus = "tiny_shakespeare"  # used when path is None
+    path: str | None = None  # a UTF-8 text file, or a directory of *.txt, of your own; translate: a TSV, or sources
+    target_path: str | None = None  # translate: the targets, where path has a source a line
+    bad_lines: Literal["refuse", "skip"] = "refuse"  # translate: what is done with lines that are no pair, or too long
     tokenizer: TokenizerKind = "char"  # char | byte | bpe, learnt from the text
     vocab_size: int = 4096  # ids of a bpe tokenizer, at most
-    seq_len: int = 64  # tokens (T)
-    batch_size: int = 12  # sequences in a step, over all devices (B)
-    valid_fraction: float = 0.1  # the last part of the text, held out
+    seq_len: int = 64  # tokens (T); translate: of the longest side of a pair, with its end
+    batch_size: int = 12  # sequences in a step, over all devices (B); translate: as many more as they are shorter
+    valid_fraction: float = 0.1  # held out: the last part of the text, or so many of the sources
+    test_fraction: float = 0.02  # translate: of the sources, for the scores at the end
 
     def __post_init__(self) -> None:
         check(self)
-        f = self.valid_fraction
+        f, test = self.valid_fraction, self.test_fraction
         require(0 < f < 1, f"valid_fraction={f} must be between 0 and 1; 0.1 holds out a tenth")
+        require(0 < test < 1 - f, f"test_fraction={test} must be between 0 and {1 - f:g}, what valid_fraction leaves")
+        pairs = self.objective == "translate"
+        makes = self.corpus != "tiny_shakespeare"  # pairs
+        rule = f"corpus={self.corpus!r} is not for objective={self.objective!r}; give --data.path, or another corpus"
+        require(self.path is not None or pairs == makes, rule)
+        files = self.target_path is None or (pairs and self.path is not None)
+        rule = f"target_path={self.target_path!r} goes with objective='translate' and a path of sources"
+        require(files, f"{rule}; give both, or leave it out")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,16 +91,24 @@ class TrainConfig:
     label_smoothing_rate: float = 0.0  # ε of Szegedy et al. 2016 §7; 0.1 in Vaswani et al. 2017
     seed: int = 0  # of initialisation, dropout, data order and samples
     log_every: int = 50
-    eval_every: int = 500  # the whole validation split
+    eval_every: int = 500  # the whole validation split; translate: and the scores of n_scored translations
     sample_every: int = 500
     save_every: int = 500
     keep: int = 2  # newest checkpoints kept
+    n_averaged: int = 1  # newest checkpoints whose mean is tested at the end, and what sample.py takes (§6.1 of 2017)
+    ema_rate: float = 0.0  # of the mean of all parameters so far that is evaluated, and sampled; 0: the parameters
+    n_scored: int = 200  # translate: sentences of the validation split that are scored on the way
     sample_prompt: str | None = None  # None: a newline, or the first character of a text without one
     sample_tokens: int = 200  # tokens of each sample on the way
 
     def __post_init__(self) -> None:
         check(self)
         require(self.keep >= 1, f"keep={self.keep} must be at least 1, the newest checkpoint")
+        mean, keep = self.n_averaged, self.keep
+        require(mean <= keep, f"n_averaged={mean} exceeds keep={keep}, the checkpoints there are; raise --train.keep")
+        require(
+            mean == 1 or not self.ema_rate, f"n_averaged={mean} and ema_rate={self.ema_rate} are two means; use one"
+        )
         require(
             self.sample_tokens >= 1,
             f"sample_tokens={self.sample_tokens} must be at least 1; sample_every=0 stops samples",
@@ -138,6 +167,9 @@ class RunConfig:
         rule = f"data.seq_len={long} exceeds model.max_len={room}"
         require(given or long <= room, f"{rule}; raise model.max_len or shorten it")
         require(given or not self.lora.rank, f"lora.rank={self.lora.rank} needs a model to adapt; give --init")
+        stack, needs = self.model.stack, STACKS[self.data.objective]
+        rule = f"data.objective={self.data.objective!r} trains model.stack={needs!r}, not {stack!r}"
+        require(given or stack == needs, f"{rule}; change the one or the other")
         require(self.run_dir != "", "run_dir='' names no directory; use --run-dir runs/NAME")
         warm, total = self.optim.warmup_steps, self.train.n_steps
         require(

@@ -140,6 +140,7 @@ def is_run(path: Path) -> bool:
 def _open_run(path: Path, step: int | None) -> Source:
     run = read_config(path)
     cfg, lora = run.model, run.lora
+    mean: Any = {"part": "ema" if run.train.ema_rate else "params", "n_averaged": run.train.n_averaged}
     step_dir(path, step)  # is there
 
     def load(dtype: str | None, mesh: Mesh | None) -> dict:
@@ -147,9 +148,9 @@ def _open_run(path: Path, step: int | None) -> Source:
         if lora.rank:
             adapters = as_adapters(stored_params(path, step))  # lora.targets, an expression of anyone's, is not run
             base = restore_base(path, _placed(shapes, mesh))
-            params = merge_lora(base, restore_params(path, _placed(adapters, mesh), step), lora.alpha)
+            params = merge_lora(base, restore_params(path, _placed(adapters, mesh), step, **mean), lora.alpha)
         else:
-            params = restore_params(path, _placed(shapes, mesh), step)
+            params = restore_params(path, _placed(shapes, mesh), step, **mean)
         return params if dtype is None else jax.tree.map(lambda leaf: leaf.astype(DTYPES[dtype]), params)
 
     return Source(cfg, {}, None, load)

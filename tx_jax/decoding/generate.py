@@ -80,9 +80,9 @@ def prefill(
     memory: Cache | None = None,
 ) -> tuple[Float[Array, "B V"], Cache]:
     """The logits after each row's last real token, and the cache filled with the prompt. One pass."""
-    x, cache = _hidden(model, params, prompt.tokens, prompt.positions, cache, memory)
+    x, cache = hidden_of(model, params, prompt.tokens, prompt.positions, cache, memory)
     last = prompt.positions.argmax(axis=1)
-    return _logits(model, params, jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]), cache
+    return logits_of(model, params, jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]), cache
 
 
 def decode(
@@ -110,9 +110,9 @@ def decode(
     def step(carry: tuple) -> tuple:
         i, token, cache, done, tokens, lengths = carry
         positions = jnp.where(done, -1, cache.next_positions())  # a row that has ended writes nothing more
-        x, cache = _hidden(model, params, token[:, None], positions[:, None], cache, memory)
+        x, cache = hidden_of(model, params, token[:, None], positions[:, None], cache, memory)
         lengths += ~done
-        token, done = choose(i, _logits(model, params, x[:, 0]), done)
+        token, done = choose(i, logits_of(model, params, x[:, 0]), done)
         return i + 1, token, cache, done, tokens.at[:, i].set(token), lengths
 
     token, done = choose(jnp.int32(0), logits, jnp.zeros(B, bool))
@@ -218,16 +218,18 @@ def _choose(logits, sampler, key, i):
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
 def _advance(model, params, token, cache, memory):
-    x, cache = _hidden(model, params, token[:, None], None, cache, memory)
-    return _logits(model, params, x[:, 0]), cache
+    x, cache = hidden_of(model, params, token[:, None], None, cache, memory)
+    return logits_of(model, params, x[:, 0]), cache
 
 
-def _hidden(model, params, tokens, positions, cache, memory) -> Any:
+def hidden_of(model, params, tokens, positions, cache, memory) -> Any:
+    """The hidden vectors of new tokens, and the cache with them; memory None for a decoder-only model."""
     source = {} if memory is None else {"memory": memory}
     return model.apply({"params": params}, tokens, positions, cache=cache, **source, method="hidden")
 
 
-def _logits(model, params, x) -> Any:
+def logits_of(model, params, x) -> Any:
+    """The logits of hidden vectors."""
     return model.apply({"params": params}, x, method="logits")
 
 
@@ -256,6 +258,8 @@ def prepare(model, tokens, positions, max_new_tokens, sampler, key, memory) -> t
     require(greedy or key is not None, "sampling needs key=jax.random.key(seed); without a temperature it is greedy")
     needs_memory = isinstance(model, EncoderDecoder)
     require(needs_memory == (memory is not None), _MEMORY_RULE[needs_memory])
+    rows = B if memory is None else memory.positions.shape[0]
+    require(rows == B, f"memory holds {rows} sources, tokens {B} rows; encode one source for each row")
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
     _check_positions(positions, (B, T))

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from tx_jax.cache import LayerCache, write
 from tx_jax.config import ModelConfig
+from tx_jax.errors import require
 from tx_jax.modules.linear import Linear
 from tx_jax.modules.norms import make_qk_norm
 from tx_jax.ops.attention import attention
@@ -47,14 +48,23 @@ class Attention(nn.Module):
     def attend(
         self, x: Float[Array, "B T D"], memory: LayerCache, plan: Plan, deterministic: bool
     ) -> Float[Array, "B T D"]:
-        """The queries of x over the keys and values of `memory`."""
-        cfg = self.cfg
+        """The queries of x over the keys and values of `memory`.
+
+        A memory of fewer rows serves each to B / rows rows of x in turn, such as the beams of one sentence: they are
+        attended as further queries of that row, so that it is read once and never copied.
+
+        Raises:
+            InputError: B is no multiple of the memory's rows.
+        """
+        cfg, rows = self.cfg, memory.k.shape[0]
+        rule = f"memory holds {rows} rows, x {x.shape[0]}"
+        require(x.shape[0] % rows == 0, f"{rule}: x must have as many, or a multiple; encode one source for each row")
         q = self.q(x).reshape(*x.shape[:2], cfg.n_heads, cfg.H)
         q = self.q_norm(q) if cfg.qk_norm else q
         q = rotate(q, plan.turn, interleaved=cfg.positions == "rotary_pairs")
         drop = cfg.attention_dropout_rate > 0 and not deterministic
         heads = attention(
-            q, *memory, plan.mask, plan.bias,
+            q.reshape(rows, -1, *q.shape[2:]), *memory, plan.mask, plan.bias,
             scale=cfg.attention_scale,
             soft_cap=cfg.attention_soft_cap,
             dropout_rate=cfg.attention_dropout_rate,

@@ -1,38 +1,34 @@
-"""A training run, from text to checkpoints: read it from top to bottom.
+"""A training run, from data to checkpoints: read it from top to bottom.
 
 Everything lands in the run directory: config.json, tokenizer/, metrics.jsonl, samples.txt, plots/loss.png and
 checkpoints/<step>/. Running the same config again continues at the newest checkpoint; Ctrl-C saves first.
 """
 
 import contextlib
-import dataclasses
-import hashlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import PRNGKeyArray
 
 from tx_jax import checkpoint
-from tx_jax.convert.sources import AnyTokenizer
-from tx_jax.data.batches import Batch, split, train_batches, valid_batches
-from tx_jax.data.corpora import load_text
+from tx_jax.convert.sources import AnyTokenizer, load_pretrained
 from tx_jax.data.vocabulary_files import find_tokenizer
-from tx_jax.decoding.generate import generate
-from tx_jax.decoding.samplers import Sampler
 from tx_jax.errors import require
 from tx_jax.inspect import plot_metrics
-from tx_jax.models import DecoderLM
+from tx_jax.models import Model, build
 from tx_jax.parallel import AXIS, Launcher, jit_step, make_mesh, pmap_step
 from tx_jax.run_config import MeshConfig, RunConfig
 from tx_jax.training.optim import make_optimizer, make_schedule
 from tx_jax.training.report import Report
-from tx_jax.training.start import first_state, make_assemble, open_start
-from tx_jax.training.step import TrainState, make_eval_step, make_train_step
+from tx_jax.training.start import first_state, make_assemble
+from tx_jax.training.step import Examples, TrainState, make_eval_step, make_train_step
+from tx_jax.training.tasks import open_task
 
 
 def fit(cfg: RunConfig) -> TrainState:
@@ -47,64 +43,68 @@ def fit(cfg: RunConfig) -> TrainState:
 
 def _fit(cfg: RunConfig, stop: threading.Event) -> TrainState:
     run_dir = Path(cfg.run_dir)
-    text = load_text(cfg.data.path, cfg.data.corpus)
-    text_sha256 = hashlib.sha256(text.encode()).hexdigest()
-    cfg, tokenizer, load = open_start(cfg, text)
-    train = cfg.train
-    if train.sample_prompt is None:
-        train = dataclasses.replace(train, sample_prompt="\n" if "\n" in text else text[0])
-        cfg = dataclasses.replace(cfg, train=train)
-    train_ids, valid_ids = split(tokenizer.encode(text), cfg.data.valid_fraction)
-    shape = {"seq_len": cfg.data.seq_len, "batch_size": cfg.data.batch_size}
-    batches = iter(train_batches(train_ids, **shape, seed=train.seed))
-    held_out = valid_batches(valid_ids, **shape)
-    prompt = read_prompt(cfg, tokenizer)
-
-    model = DecoderLM(cfg.model)
+    task = open_task(cfg)
+    cfg, train = task.cfg, task.cfg.train
+    model = build(cfg.model)
     optimizer, schedule = make_optimizer(cfg.optim, train.n_steps), make_schedule(cfg.optim, train.n_steps)
-    state = jax.eval_shape(lambda key: first_state(cfg.lora, model, optimizer, key), jax.random.key(0))
+    state = jax.eval_shape(lambda key: begin(cfg, model, optimizer, key), jax.random.key(0))
     n_trained = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     mesh = choose_mesh(cfg.mesh)
     launch = make_launcher(cfg, model, optimizer, state, mesh)
-    launch.put_batch(held_out[0])  # refuses a batch that the devices cannot share, before anything is written
+    launch.put_batch(task.held_out[0])  # refuses a batch that the devices cannot share, before anything is written
     evaluate = jax.jit(make_eval_step(model))
     assemble = make_assemble(cfg.lora)
 
     def whole(state: TrainState) -> dict:
-        return assemble(*launch.host_state((state.params, state.frozen)))
+        return assemble(*launch.host_state((state.ema if train.ema_rate else state.params, state.frozen)))
 
-    step = claim(run_dir, cfg, tokenizer)
+    step = claim(run_dir, cfg, task.tokenizer)
     if step:
         state, data = resume(run_dir, state)
-        check_text(run_dir, data["text_sha256"], text_sha256)
-        batches.set_state(data["batches"])
+        check_text(run_dir, data["text_sha256"], task.sha256)
+        task.batches.set_state(data["batches"])
     else:
-        state = begin(cfg, model, optimizer, None if load is None else load(mesh))
+        first = jax.jit(begin, static_argnums=(0, 1, 2), donate_argnums=4)
+        params = None if task.load is None else task.load(mesh)
+        state = first(cfg, model, optimizer, jax.random.key(train.seed), params)
+        checkpoint.save_base(run_dir, state.frozen)
     state = launch.put_state(state)
 
-    with Report(cfg, step, n_trained) as report, checkpoint.saver(run_dir, train.keep) as save:
-        last = step == train.n_steps
-        while not last:
-            state, metrics = launch.step(state, launch.put_batch(next(batches)))
-            step += 1
-            last = step == train.n_steps or stop.is_set()  # asked once a step, so that the last step is always saved
-            if due(step, train.log_every) or step == report.first or last:
-                report.training(step, metrics, float(schedule(step - 1)))
-            if due(step, train.eval_every, train.n_steps):
-                with report.pause(metrics):
-                    report.validation(step, mean_loss(evaluate, whole(state), held_out))
-            if due(step, train.sample_every, train.n_steps):
-                with report.pause(metrics):
-                    key = jax.random.fold_in(jax.random.key(train.seed), step)
-                    ids = sample_ids(model, whole(state), prompt, train.sample_tokens, key)
-                    report.sample(step, tokenizer.decode(ids[ids < tokenizer.vocab_size]))  # a table may be padded
-            if due(step, train.save_every) or last:
-                with report.pause(metrics):
-                    data = {"batches": batches.get_state(), "text_sha256": text_sha256}
-                    save(step, launch.host_state(state.moving), data)
-                    plot_metrics(run_dir)
+    with Report(cfg, step, n_trained) as report:
+        with checkpoint.saver(run_dir, train.keep) as save:
+            last = step == train.n_steps
+            while not last:
+                batch = next(task.batches)
+                state, metrics = launch.step(state, launch.put_batch(batch))
+                step += 1
+                last = step == train.n_steps or stop.is_set()  # asked once a step: the last step is always saved
+                report.count(batch.n_tokens)
+                if due(step, train.log_every) or step == report.first or last:
+                    report.training(step, metrics, float(schedule(step - 1)))
+                if due(step, train.eval_every, train.n_steps):
+                    with report.pause(metrics):
+                        params = whole(state)
+                        loss = mean_loss(evaluate, params, task.held_out)
+                        report.validation(step, {"valid_loss": loss} | task.score(model, params))
+                if due(step, train.sample_every, train.n_steps):
+                    with report.pause(metrics):
+                        key = jax.random.fold_in(jax.random.key(train.seed), step)
+                        report.sample(step, task.sample(model, whole(state), key))
+                if due(step, train.save_every) or last:
+                    with report.pause(metrics):
+                        data = {"batches": task.batches.get_state(), "text_sha256": task.sha256}
+                        save(step, launch.host_state(state.moving), data)
+                        plot_metrics(run_dir)
+        if step == train.n_steps:
+            report.test(step, task.test(model, load_pretrained(run_dir).params))  # those that sample.py takes
         report.end(step, stopped=step < train.n_steps)
     return launch.host_state(state)
+
+
+def begin(cfg: RunConfig, model: Model, optimizer, key: PRNGKeyArray, params: dict | None = None) -> TrainState:
+    """The state before the first step, with these parameters or fresh ones."""
+    state = first_state(cfg.lora, model, optimizer, key, params)
+    return state._replace(ema=state.params) if cfg.train.ema_rate else state
 
 
 def claim(run_dir: Path, cfg: RunConfig, tokenizer: AnyTokenizer) -> int:
@@ -119,14 +119,6 @@ def claim(run_dir: Path, cfg: RunConfig, tokenizer: AnyTokenizer) -> int:
     checkpoint.claim_run_dir(run_dir, cfg)
     tokenizer.save(run_dir / "tokenizer")
     return checkpoint.latest_step(run_dir) or 0
-
-
-def begin(cfg: RunConfig, model: DecoderLM, optimizer, params: dict | None) -> TrainState:
-    """The state before the first step. What it does not train is written, once."""
-    first = jax.jit(first_state, static_argnums=(0, 1, 2), donate_argnums=4)
-    state = first(cfg.lora, model, optimizer, jax.random.key(cfg.train.seed), params)
-    checkpoint.save_base(cfg.run_dir, state.frozen)
-    return state
 
 
 def resume(run_dir: Path, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
@@ -145,20 +137,6 @@ def due(step: int, every: int, end: int | None = None) -> bool:
     return every > 0 and (step % every == 0 or step == end)
 
 
-def read_prompt(cfg: RunConfig, tokenizer: AnyTokenizer) -> np.ndarray:
-    """The ids (1, T) of the prompt of samples on the way.
-
-    Raises:
-        InputError: there is none, it leaves no room to go on, or the model does not go on from a prompt.
-    """
-    stack, room = cfg.model.stack, cfg.model.max_len
-    require(stack == "decoder", f"model.stack={stack!r} is not a language model; train with --model.stack decoder")
-    prompt = tokenizer.encode(cfg.train.sample_prompt or "")
-    rule = f"train.sample_prompt has {len(prompt)} tokens; it must have 1 to {room - 1}, less than model.max_len"
-    require(0 < len(prompt) < room, rule)
-    return prompt[None]
-
-
 def check_text(run_dir: Path, held: str, now: str) -> None:
     """Hold a run that goes on to the text that it began with: its place in another would mean nothing.
 
@@ -175,26 +153,20 @@ def choose_mesh(cfg: MeshConfig) -> Mesh | None:
     return None if by_pmap else make_mesh(cfg)
 
 
-def make_launcher(cfg: RunConfig, model: DecoderLM, optimizer, state: TrainState, mesh: Mesh | None) -> Launcher:
+def make_launcher(cfg: RunConfig, model: Model, optimizer, state: TrainState, mesh: Mesh | None) -> Launcher:
     """`jit` on the mesh, or `pmap` without one."""
-    how = {"label_smoothing": cfg.train.label_smoothing_rate, "assemble": make_assemble(cfg.lora)}
+    train = cfg.train
+    how = {"label_smoothing": train.label_smoothing_rate, "ema": train.ema_rate, "assemble": make_assemble(cfg.lora)}
     if mesh is None:
         return pmap_step(make_train_step(model, optimizer, **how, axis_name=AXIS))
     return jit_step(make_train_step(model, optimizer, **how), state, mesh)
 
 
-def mean_loss(evaluate, params: dict, batches: list[Batch]) -> float:
+def mean_loss(evaluate, params: dict, batches: Sequence[Examples]) -> float:
     """Nats per token over all batches."""
     sums = [evaluate(params, batch) for batch in batches]
     total, count = np.sum(jax.device_get(sums), axis=0)
     return float(total / count)
-
-
-def sample_ids(model: DecoderLM, params: dict, prompt: np.ndarray, n_tokens: int, key) -> np.ndarray:
-    """The prompt and up to n_tokens tokens that go on from it, at temperature 0.8: one row."""
-    room = min(n_tokens, model.cfg.max_len - prompt.shape[1])
-    new = generate(model, params, prompt, max_new_tokens=room, sampler=Sampler(temperature=0.8), key=key)
-    return np.concatenate([prompt[0], np.asarray(new.tokens[0])])
 
 
 @contextlib.contextmanager

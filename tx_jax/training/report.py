@@ -22,7 +22,7 @@ class Report:
     def __init__(self, cfg: RunConfig, step: int, n_trained: int):
         self.cfg, self.first, self.n_trained = cfg, step + 1, n_trained
         self.run_dir = Path(cfg.run_dir)
-        self.tokens_a_step = cfg.data.batch_size * cfg.data.seq_len
+        self.n_tokens = 0  # since the last report
         self.console = Console(highlight=False, soft_wrap=True, force_jupyter=False)  # plain lines in a notebook
         columns = (
             "step",
@@ -43,7 +43,8 @@ class Report:
         devices = f"{jax.device_count()} × {jax.devices()[0].device_kind}"
         of = "" if self.cfg.init is None else f" of {self.cfg.init}"
         adapters = f" and {self.n_trained:,} in adapters, which are trained" if self.cfg.lora.rank else ""
-        speed = f"{self.tokens_a_step:,} tokens a step, on {devices}"
+        most = "up to " * (cfg.data.objective == "translate")
+        speed = f"{most}{cfg.data.batch_size * cfg.data.seq_len:,} tokens a step, on {devices}"
         self.line(f"{n:,} parameters{of}{adapters}, {speed}, in {self.run_dir}/")
         if self.first > 1:
             self.line(f"continuing after step {self.first - 1} of {cfg.train.n_steps}")
@@ -59,29 +60,41 @@ class Report:
         """One line for a person."""
         self.console.print(text, markup=False)
 
+    def count(self, n_tokens: int) -> None:
+        """Tokens that the steps since the last report have read."""
+        self.n_tokens += n_tokens
+
     def training(self, step: int, metrics: Metrics, lr: float) -> None:
         """The last training step, and the speed since the last report."""
         loss, norm = float(metrics.loss), float(metrics.grad_norm)  # waits for the device
         seconds = time.perf_counter() - self.since
         if step == self.first:
             self.line(f"first step, with its compilation: {seconds:.1f} s")
-        speed = self.tokens_a_step * (step - self.done) / seconds
-        self.since, self.done = time.perf_counter(), step
+        speed, left = self.n_tokens / seconds, (self.cfg.train.n_steps - step) * seconds / (step - self.done)
+        self.since, self.done, self.n_tokens = time.perf_counter(), step, 0
         record = {"loss": loss, "lr": lr, "grad_norm": norm}
         self.write(step, record if step == self.first else record | {"tokens_per_second": speed})
         text = f"loss {loss:.4f}  lr {lr:.2e}  grad {norm:.2f}  {speed:,.0f} tokens/s"
         self.bar.update(self.task, completed=step, description=text)
         if not self.console.is_terminal:
-            left = self.tokens_a_step * (self.cfg.train.n_steps - step) / speed
             self.line(
                 f"step {step:>5}/{self.cfg.train.n_steps}  {text}"
                 + ("" if step == self.first else f"  ETA {_clock(left)}")
             )
 
-    def validation(self, step: int, loss: float) -> None:
-        """The loss over the whole validation split."""
-        self.write(step, {"valid_loss": loss})
-        self.line(f"step {step:>5}  validation loss {loss:.4f} nats/token")
+    def validation(self, step: int, values: dict[str, float]) -> None:
+        """The loss over the whole validation split, and the scores of a part of it."""
+        self.write(step, values)
+        loss, *scores = values.values()
+        rest = "".join(f", {name} {value:.4g}" for name, value in zip([*values][1:], scores, strict=True))
+        self.line(f"step {step:>5}  validation loss {loss:.4f} nats/token{rest}")
+
+    def test(self, step: int, scores: dict[str, float]) -> None:
+        """The scores of the whole test split, if there is one."""
+        if scores:
+            self.write(step, {f"test_{name}": value for name, value in scores.items()})
+            told = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
+            self.line(f"step {step:>5}  test: {told}")
 
     def sample(self, step: int, text: str) -> None:
         """A text that the model wrote."""

@@ -5,7 +5,7 @@ And what is trained of it: all parameters, or adapters (RunConfig.lora) beside a
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -32,14 +32,17 @@ class Start(NamedTuple):
     load: Callable[[Mesh | None], dict] | None = None  # (mesh) → parameters; None: the run's own, or fresh
 
 
-def open_start(cfg: RunConfig, text: str) -> Start:
+def open_start(cfg: RunConfig, text: str, special_tokens: Sequence[str] = ()) -> Start:
     """The start of a run on a text. One that goes on needs nothing but its run directory.
+
+    Args:
+        special_tokens: that the tokenizer has besides.
 
     Raises:
         InputError: the tokenizer cannot be made, cfg.init is not there, or the two do not fit together.
     """
     if cfg.init is None:
-        tokenizer = train_tokenizer(cfg.data.tokenizer, text, cfg.data.vocab_size)
+        tokenizer = train_tokenizer(cfg.data.tokenizer, text, cfg.data.vocab_size, special_tokens)
         return Start(dataclasses.replace(cfg, model=fill_vocabulary(cfg.model, tokenizer)), tokenizer)
     if latest_step(cfg.run_dir):  # 0: weights that were put there, with which nothing was trained
         model, tokenizer, load = read_config(cfg.run_dir).model, load_tokenizer(cfg.run_dir), None
@@ -49,6 +52,8 @@ def open_start(cfg: RunConfig, text: str) -> Start:
         model, load = source.cfg, functools.partial(source.load, "float32")
     stack = model.stack
     require(stack == "decoder", f"init={cfg.init!r} is an {stack}, which does not go on from text; give a decoder")
+    rule = f"init={cfg.init!r} has none of the special tokens of objective={cfg.data.objective!r}"
+    require(not special_tokens, f"{rule}; leave out --init, and train it from the start")
     ids, known, long = tokenizer.vocab_size, model.vocab_size or 0, cfg.data.seq_len
     require(ids <= known, f"init={cfg.init!r} has a tokenizer of {ids} ids for {known} vectors; they are of two models")
     require(long <= model.max_len, f"data.seq_len={long} exceeds the {model.max_len} tokens of {cfg.init}; shorten it")

@@ -34,6 +34,7 @@ class Moving(NamedTuple):
     params: dict
     opt_state: optax.OptState
     key: PRNGKeyArray
+    ema: Any = ()
 
 
 class TrainState(NamedTuple):
@@ -44,10 +45,11 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
     key: PRNGKeyArray
     frozen: Any = ()  # what is not: the parameters that adapters are beside
+    ema: Any = ()  # a mean of params over the steps so far, the last ones counting most; (): none is kept
 
     @property
     def moving(self) -> Moving:
-        return Moving(self.step, self.params, self.opt_state, self.key)
+        return Moving(self.step, self.params, self.opt_state, self.key, self.ema)
 
 
 class Metrics(NamedTuple):
@@ -72,12 +74,15 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     *,
     label_smoothing: float = 0.0,
+    ema: float = 0.0,
     axis_name: str | None = None,
     assemble: Callable[[Any, Any], dict] = lambda params, frozen: params,
 ) -> Callable[[TrainState, Examples], tuple[TrainState, Metrics]]:
     """A pure (state, batch) → (state, metrics).
 
     Args:
+        ema: the share of the mean so far in state.ema, which begins as params; less in the first steps, so that
+            those do not weigh for long: (1 + step) / (10 + step) at most, as in TensorFlow. 0: no mean is kept.
         axis_name: that of a `pmap`, if it runs inside one.
         assemble: (state.params, state.frozen) → the model's parameters, such as adapters with what they adapt.
     """
@@ -99,7 +104,10 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
         metrics = Metrics(total / divisor, optax.tree.norm(grads), count)
-        return state._replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+        state = state._replace(step=state.step + 1, params=params, opt_state=opt_state)
+        share = jnp.minimum(ema, (1 + state.step) / (10 + state.step))
+        mean = jax.tree.map(lambda old, new: share * old + (1 - share) * new, state.ema, params) if ema else ()
+        return state._replace(ema=mean), metrics
 
     return step
 

@@ -1,0 +1,145 @@
+"""Sentences to sentences, by an EncoderDecoder and its tokenizer, in batches of like lengths."""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int, PRNGKeyArray
+
+from tx_jax.cache import Cache
+from tx_jax.data.libraries import package
+from tx_jax.data.subwords import Subwords
+from tx_jax.decoding.beam import beam_search
+from tx_jax.decoding.generate import Prompt, generate, pad_prompts
+from tx_jax.decoding.samplers import Sampler
+from tx_jax.errors import require
+from tx_jax.models import EncoderDecoder
+
+BUCKET = 16  # sources are padded to a multiple of this many tokens, so that few lengths are compiled
+LONGER = 50  # tokens that a translation may have more than its source (Vaswani et al. 2017, §6.1)
+
+
+class Translation(NamedTuple):
+    """One of the translations of a text."""
+
+    text: str
+    score: float  # log-probability, in nats, divided by the length penalty; of a sampled one: NaN
+    source_ids: Int[np.ndarray, " S"]
+    ids: Int[np.ndarray, " T"]  # with what ends it
+
+
+def translate(
+    model: EncoderDecoder,
+    params: dict,
+    tokenizer: Subwords,
+    texts: Sequence[str],
+    *,
+    n_beams: int = 4,
+    n_best: int = 1,
+    length_penalty: float = 0.6,
+    sampler: Sampler | None = None,
+    key: PRNGKeyArray | None = None,
+    max_new_tokens: int | None = None,
+    batch_size: int = 32,
+    truncate: bool = False,
+    special: bool = False,
+    start_id: int | None = None,
+    end_ids: tuple[int, ...] = (),
+    first: int = 1,
+) -> list[list[Translation]]:
+    """The n_best translations of each text, the best first.
+
+    Args:
+        n_beams, length_penalty: of `beam_search`; 1 is greedy.
+        sampler: draw n_best translations with `key` instead of searching.
+        max_new_tokens: of a translation; None: 50 more than its source has.
+        batch_size: texts at a time, at most. Like lengths go together.
+        truncate: cut a source that is longer than model.cfg.max_len; otherwise it is refused.
+        special: names of special tokens in a text are those tokens, such as T5's `<extra_id_0>`.
+        start_id, end_ids: what begins and ends a translation; by default the tokenizer's own.
+        first: the number of the first text, for errors.
+
+    Raises:
+        InputError: a text is too long, there is nothing to begin or to end with, or as `beam_search` and `generate`.
+    """
+    start, ends = tokenizer.bos_id if start_id is None else start_id, end_ids or tokenizer.eos_ids
+    require(start is not None and ends, "the tokenizer says not what begins and ends a text; give start_id and end_ids")
+    require(batch_size >= 1, f"batch_size={batch_size} must be at least 1 text")
+    sources = [tokenizer.encode(text, special=special, add_special_tokens=True) for text in texts]
+    sources = [_fit(ids, i, model.cfg.max_len, truncate) for i, ids in enumerate(sources, first)]
+    found: list[list[Translation]] = [[] for _ in texts]
+    for number, members in enumerate(_batches([len(ids) for ids in sources], batch_size)):
+        source = _padded([sources[i] for i in members], batch_size, model.cfg.max_len)
+        S = source.tokens.shape[1]
+        more = {
+            "max_new_tokens": min(S + LONGER, model.cfg.max_len - 1) if max_new_tokens is None else max_new_tokens,
+            "eos_id": ends,
+            "memory": _encode(model, params, source),
+        }
+        begin = jnp.full((len(source.tokens), 1), start, jnp.int32)
+        if sampler is None:
+            how = {"n_beams": n_beams, "n_best": n_best, "length_penalty": length_penalty}
+            out = beam_search(model, params, begin, **how, **more)
+            targets = [np.asarray(leaf) for leaf in (out.tokens, out.lengths, out.scores)]
+        else:
+            keys = [None if key is None else jax.random.fold_in(key, number * n_best + i) for i in range(n_best)]
+            drawn = [generate(model, params, begin, sampler=sampler, key=one, **more) for one in keys]
+            targets = [np.stack([leaf.tokens for leaf in drawn], 1), np.stack([leaf.lengths for leaf in drawn], 1)]
+            targets.append(np.full(targets[1].shape, np.nan))
+        for i, row in zip(members, zip(*targets, strict=True), strict=False):
+            for ids, length, score in zip(*row, strict=True):
+                shown = [int(t) for t in ids[:length] if t not in ends and t < tokenizer.vocab_size]
+                text = tokenizer.decode(shown, special=special)
+                found[i] += [Translation(text, float(score), sources[i], ids[:length])] * bool(length)
+    return found
+
+
+def _fit(ids: np.ndarray, number: int, max_len: int, truncate: bool) -> np.ndarray:
+    """The ids of a source, cut to max_len with their last one, the end, if that is asked for."""
+    rule = f"text {number} has {len(ids)} tokens, more than the model's max_len={max_len}"
+    require(len(ids), f"text {number} is empty; give at least one character")
+    require(len(ids) <= max_len or truncate, f"{rule}; shorten it, or cut it by truncate=True (--truncate)")
+    return ids if len(ids) <= max_len else np.append(ids[: max_len - 1], ids[-1])
+
+
+def _batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Indices of texts, those of one bucket of lengths together, batch_size at a time."""
+    buckets: dict[int, list[int]] = {}
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        buckets.setdefault(-(-lengths[i] // BUCKET), []).append(i)
+    return [rows[i : i + batch_size] for rows in buckets.values() for i in range(0, len(rows), batch_size)]
+
+
+def _padded(rows: list[np.ndarray], batch_size: int, max_len: int) -> Prompt:
+    """The rows as one batch of a few shapes: a bucket wide, and a power of two high or batch_size."""
+    n_rows = min(1 << (len(rows) - 1).bit_length(), batch_size)
+    width = min(-(-max(map(len, rows)) // BUCKET) * BUCKET, max_len)
+    source = pad_prompts([*rows, *[rows[-1]] * (n_rows - len(rows)), [0] * width])  # the last gives all their width
+    return Prompt(source.tokens[:-1], source.positions[:-1])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(model: EncoderDecoder, params: dict, source: Prompt) -> Cache:
+    return model.apply({"params": params}, *source, method="encode")
+
+
+def score_texts(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    """BLEU and chrF of texts against all their references, 0 to 100, and the share that is just one of them.
+
+    Source: sacrebleu with its defaults (Post 2018): BLEU (Papineni et al. 2002), tokens of 13a; chrF2 (Popović 2015).
+
+    Raises:
+        InputError: sacrebleu is not installed.
+    """
+    sacrebleu = package("sacrebleu", "translate")
+    most = max(map(len, references))
+    streams = [[one[i] if i < len(one) else None for one in references] for i in range(most)]
+    exact = sum(text in one for text, one in zip(texts, references, strict=True)) / len(texts)
+    return {
+        "bleu": sacrebleu.corpus_bleu(list(texts), streams).score,
+        "chrf": sacrebleu.corpus_chrf(list(texts), streams).score,
+        "exact_match": exact,
+    }

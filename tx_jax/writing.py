@@ -1,0 +1,148 @@
+"""What sample.py prints of a language model: whole texts with their speeds, a text as it comes, a conversation.
+
+Text goes to standard output, speeds to standard error.
+"""
+
+import io
+import itertools
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple, cast
+
+import jax
+import numpy as np
+from jaxtyping import PRNGKeyArray
+
+from tx_jax.cache import init_cache
+from tx_jax.convert.sources import AnyTokenizer
+from tx_jax.data.chat import encode_chat
+from tx_jax.data.subwords import Subwords
+from tx_jax.decoding import session
+from tx_jax.decoding.generate import decode, prefill, prepare, stream
+from tx_jax.decoding.samplers import Sampler
+from tx_jax.models import DecoderLM
+
+
+class Writer(NamedTuple):
+    """What is the same for all that is written."""
+
+    model: DecoderLM
+    params: dict
+    tokenizer: AnyTokenizer
+    ends: tuple[int, ...]  # tokens that end a text
+    new: int | None  # at most so many tokens
+    sampler: Sampler
+    key: PRNGKeyArray
+
+    def room(self, n_tokens: int) -> int:
+        """How many tokens may follow so many."""
+        room = max(self.model.cfg.max_len - n_tokens, 1)
+        return min(500, room) if self.new is None else self.new
+
+
+def complete(writer: Writer, echo: str, tokens: np.ndarray) -> None:
+    """Print every sample when all are there. Compiling is not counted in the speeds."""
+    model, params, sampler, key = writer.model, writer.params, writer.sampler, writer.key
+    new = writer.room(tokens.shape[1])
+    padded, n_slots = prepare(model, tokens, None, new, sampler, key, None)
+    cache = init_cache(model.cfg, len(tokens), n_slots)
+    fill = jax.jit(prefill, static_argnums=0, donate_argnums=3).lower(model, params, padded, cache).compile()
+    start = time.perf_counter()
+    logits, cache = jax.block_until_ready(fill(params, padded, cache))
+    filling = time.perf_counter() - start
+    loop = jax.jit(decode, static_argnums=(0, 4), donate_argnums=3)
+    ends = np.array(writer.ends) if writer.ends else None
+    run = loop.lower(model, params, logits, cache, new, sampler, key, ends).compile()
+    start = time.perf_counter()
+    out = run(params, logits, cache, sampler, key, ends)
+    rows, lengths = np.asarray(out.tokens), np.asarray(out.lengths)
+    decoding = time.perf_counter() - start
+    for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+        if len(rows) > 1:
+            print(f"--- sample {i + 1}")
+        print(echo + writer.tokenizer.decode([i for i in row[:length] if i < writer.tokenizer.vocab_size]))
+    say(f"prefill {tokens.size} tokens", tokens.size, filling)
+    say(f"decode {lengths.sum()} tokens", lengths.sum() - len(rows), decoding)  # each row's first came from the prefill
+
+
+def tokens_of(writer: Writer, ids: np.ndarray) -> Iterator[int]:
+    """New tokens as they come, up to one that ends the text."""
+    more = {"max_new_tokens": writer.room(len(ids)), "sampler": writer.sampler, "key": writer.key}
+    rows = stream(writer.model, writer.params, ids[None], **more)
+    return itertools.takewhile(lambda token: token not in writer.ends, (int(row[0]) for row in rows))
+
+
+def show(writer: Writer, echo: str, tokens: Iterable[int]) -> str:
+    """Print a text as its tokens come, and give it back. The first two compile, and are not counted in the speed."""
+    times, pieces = [time.perf_counter()], []
+
+    def clocked() -> Iterator[int]:
+        for token in tokens:
+            times.append(time.perf_counter())
+            if token < writer.tokenizer.vocab_size:  # a model's table may be longer, up to a round number
+                yield token
+
+    print(echo, end="", flush=True)
+    for piece in writer.tokenizer.stream(clocked()):
+        print(piece, end="", flush=True)
+        pieces.append(piece)
+    print(flush=True)
+    n = len(times) - 1
+    say(f"first token after {times[min(1, n)] - times[0]:.2f} s", 0, 0)
+    say(f"decode {n} tokens", n - 2, times[-1] - times[min(2, n)])
+    return "".join(pieces)
+
+
+def converse(writer: Writer, system: str | None) -> None:
+    """Answer each line of standard input, with the cache of all that was said before."""
+    model, params, said = writer.model, writer.params, list[str]()
+    tokenizer = cast(Subwords, writer.tokenizer)
+    held = session.start(model)
+
+    def answer(ids: np.ndarray) -> Iterator[int]:
+        nonlocal held
+        logits, held = session.read(model, params, held, ids)
+        more = {"max_new_tokens": writer.room(len(ids)), "sampler": writer.sampler}
+        key = jax.random.fold_in(writer.key, len(said))
+        for token, now in session.write(model, params, logits, held, key=key, **more):
+            held = now
+            if token in writer.ends:
+                return
+            yield token
+
+    for line in messages_typed():
+        said.append(line)
+        while (n := len(ids := encode_chat(tokenizer, messages(system, *said)))) >= model.cfg.max_len and len(said) > 2:
+            del said[:2]
+            print("the conversation is too long: its oldest turn is forgotten", file=sys.stderr)
+        if n >= model.cfg.max_len:
+            print(f"the message has {n} tokens, max_len={model.cfg.max_len}; say it shorter", file=sys.stderr)
+            said.clear()
+            continue
+        said.append(show(writer, "", answer(ids)))
+
+
+def messages_typed() -> Iterator[str]:
+    """The lines of standard input that are not empty; bytes that are no UTF-8 become U+FFFD."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
+    while True:
+        print("> " * sys.stdin.isatty(), end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def say(what: str, n_tokens: int, seconds: float) -> None:
+    """One line for the person, with the speed if there is one."""
+    print(what + (f", {n_tokens / seconds:,.0f} tokens/s" if n_tokens > 0 else ""), file=sys.stderr)
+
+
+def messages(system: str | None, *turns: str) -> list[dict[str, str]]:
+    """A chat: the system's words, if any, then the user's and the assistant's in turn."""
+    said = [{"role": "system", "content": system}] if system is not None else []
+    roles = itertools.cycle(["user", "assistant"])
+    return said + [{"role": role, "content": text} for role, text in zip(roles, turns, strict=False)]
