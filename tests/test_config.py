@@ -66,6 +66,7 @@ IMPOSSIBLE = [  # (class, fields, what the message says)
     (Model, {"n_kv_heads": 0}, "n_kv_heads=0 must be at least 1"),
     (Model, {"d_model": 0}, "d_model=0 must be at least 1"),
     (Model, {"d_head": 0}, "d_head=0 must be at least 1"),
+    (Model, {"d_value": 0}, "d_value=0 must be at least 1"),
     (Model, {"d_mlp": -1}, "d_mlp=-1 must be at least 1"),
     (Model, {"vocab_size": 0}, "vocab_size=0 must be at least 1"),
     (Model, {"max_len": 0}, "max_len=0 must be at least 1"),

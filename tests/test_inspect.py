@@ -54,6 +54,7 @@ def test_the_numbers_of_the_config():
         ({"tie_head": True}, "tied: the embedding's table"),
         ({"tie_head": False}, "56 × 1,013, not tied"),
         ({"n_kv_heads": 1}, "1 key-value head"),
+        ({"d_value": 5}, "values of 5"),
         ({"window": 64}, "over the last 64 tokens"),
         ({"stack": "encoder"}, "sees all, 7 heads of 8"),
         ({"scale_embeddings": True}, "× √56"),

@@ -36,7 +36,7 @@ CONFIGS = {
     "bloom": replace(GPT2, positions="alibi", norm_embeddings=True),
     "falcon": replace(GPT2, positions="alibi", n_kv_heads=1, biases="none", window=WINDOW),
     "tensor2tensor": replace(
-        VASWANI, positions="sinusoidal_concat", norm_order="pre", n_heads=6, n_kv_heads=3, d_head=5
+        VASWANI, positions="sinusoidal_concat", norm_order="pre", n_heads=6, n_kv_heads=3, d_head=5, d_value=7
     ),
     "no-positions": replace(LLAMA, positions="none", n_kv_heads=1, mlp="relu"),
     "llama": LLAMA,
@@ -67,7 +67,7 @@ CONFIGS = {
         GPT2, **BOTH, norm_order="post", norm_embeddings=True, position_offset=2, head_bias=True, mlp="silu"
     ),
     "sandwich-translator": replace(LLAMA, **BOTH, norm_order="sandwich", biases="attention"),
-    "llama-translator": replace(LLAMA, **BOTH, window=WINDOW, qk_norm=True, attention_soft_cap=3.0),
+    "llama-translator": replace(LLAMA, **BOTH, window=WINDOW, qk_norm=True, attention_soft_cap=3.0, d_value=3),
     "bert": replace(
         GPT2, stack="encoder", norm_order="post", norm_embeddings=True, n_token_types=2, pooler=True, head_bias=True
     ),

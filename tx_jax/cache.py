@@ -18,7 +18,7 @@ class LayerCache(NamedTuple):
     """Keys and values of one layer."""
 
     k: Float[Array, "B S K H"]
-    v: Float[Array, "B S K H"]
+    v: Float[Array, "B S K Hv"]
 
 
 class Cache(NamedTuple):
@@ -47,8 +47,8 @@ def init_cache(cfg: ModelConfig, batch_size: int, n_slots: int | None = None) ->
     n_slots = cfg.max_len if n_slots is None else n_slots
     require(batch_size >= 1, f"batch_size={batch_size} must be at least 1")
     require(n_slots >= 1, f"n_slots={n_slots} must be at least 1; None gives max_len={cfg.max_len}")
-    shape = (batch_size, n_slots, cfg.K, cfg.H)
-    layers = tuple(LayerCache(jnp.zeros(shape, cfg.dtype), jnp.zeros(shape, cfg.dtype)) for _ in range(cfg.n_layers))
+    k, v = ((batch_size, n_slots, cfg.K, width) for width in (cfg.H, cfg.Hv))
+    layers = tuple(LayerCache(jnp.zeros(k, cfg.dtype), jnp.zeros(v, cfg.dtype)) for _ in range(cfg.n_layers))
     return Cache(layers, jnp.full((batch_size, n_slots), -1, jnp.int32))
 
 

@@ -66,6 +66,7 @@ class ModelConfig:
     n_heads: int = 8  # query heads (N)
     n_kv_heads: int | None = None  # key-value heads (K); None: n_heads; 1: multi-query
     d_head: int | None = None  # width of a head (H); None: d_model / n_heads
+    d_value: int | None = None  # width of a head's values (Hv); None: d_head (Vaswani et al. 2017, Table 3 B)
     d_mlp: int | None = None  # width inside the feed-forward (F); None: 4 · d_model
 
     tie_head: bool = True  # the output head is the token table (Press & Wolf 2017)
@@ -112,6 +113,11 @@ class ModelConfig:
     def H(self) -> int:  # noqa: N802
         """Width of a head."""
         return self.d_head or self.d_model // self.n_heads
+
+    @property
+    def Hv(self) -> int:  # noqa: N802
+        """Width of a head's values."""
+        return self.d_value or self.H
 
     @property
     def F(self) -> int:  # noqa: N802

@@ -173,14 +173,15 @@ def _column(cfg: ModelConfig, causal: bool, cross: bool, name: str, head: bool =
     """From tokens at the bottom to logits at the top."""
     D, V = f"{cfg.d_model:,}", "V" if cfg.vocab_size is None else f"{cfg.vocab_size:,}"
     norm, order, heads = Part("norm", (NORMS[cfg.norm],)), cfg.norm_order, f"{cfg.n_heads} heads of {cfg.H}"
+    values = f"values of {cfg.Hv}" if cfg.Hv != cfg.H else ""
     shared = f"{cfg.K} key-value head{'s' * (cfg.K > 1)}" if cfg.n_heads > cfg.K else ""
     some = "" if cfg.reach else ", in some layers"
     window = f"over the last {cfg.window:,} tokens{some}" if cfg.window else ""
     parallel = "reads what attention reads" if cfg.parallel else ""
     see = f"{'causal' if causal else 'sees all'}, {heads}"
     layers = [
-        _part("attention", "Self-attention", see, shared, window, IN_ATTENTION.get(cfg.positions)),
-        _part("attention", "Cross-attention", "k, v from the encoder", heads, shared),
+        _part("attention", "Self-attention", see, values, shared, window, IN_ATTENTION.get(cfg.positions)),
+        _part("attention", "Cross-attention", "k, v from the encoder", heads, values, shared),
         _part("mlp", "Feed-forward", MLPS[cfg.mlp], f"{D} → {cfg.F:,} → {D}", parallel),
     ]
     fork, add = Part("fork"), Part("add")

@@ -59,6 +59,7 @@ def test_the_first_family_that_holds_a_model(cfg, architecture, biases, tmp_path
         (dataclasses.replace(NANOGPT, positions="alibi"), r"no architecture .* has .*positions='alibi' \("),
         (dataclasses.replace(LLAMA, parallel=True), r"has parallel=True \(LlamaForCausalLM has False\); write it your"),
         (dataclasses.replace(NANOGPT, norm_order="sandwich"), "norm_order='sandwich'"),
+        (dataclasses.replace(LLAMA, d_value=6), r"has d_value=6 \(LlamaForCausalLM has 8\); write it yourself"),
     ],
 )
 def test_what_no_family_holds_is_refused_with_the_fields_that_differ(cfg, text, tmp_path):

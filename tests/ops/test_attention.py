@@ -21,7 +21,7 @@ CASES = {  # name: (query heads, key-value heads, queries, mask, more arguments)
     "plain": (3, 3, T, Mask(), {}),
     "causal": (3, 3, T, Mask(causal=True), {}),
     "grouped": (6, 2, T, Mask(causal=True), {"bias": B}),
-    "multi-query": (5, 1, T, Mask(causal=True), {"soft_cap": 0.7, "scale": 2.0}),
+    "multi-query": (5, 1, T, Mask(causal=True), {"soft_cap": 0.7, "scale": 2.0, "d_value": 5}),
     "window": (3, 3, T, Mask(causal=True, window=3), {}),
     "window both ways": (3, 3, T, Mask(window=3), {}),
     "segments": (2, 2, T, Mask(causal=True, **IN_SEGMENTS), {"bias": 1, "scale": 1.0}),
@@ -36,10 +36,11 @@ CASES = {  # name: (query heads, key-value heads, queries, mask, more arguments)
 def draw(name):
     """The inputs (q, k, v, bias or None) of a case, weights to sum its result with, its mask and other arguments."""
     N, K, queries, mask, more = CASES[name]
-    rng, rows = np.random.default_rng(0), more.get("bias")
-    shapes = [(B, queries, N, H), (B, T, K, H), (B, T, K, H), (rows or 1, N, queries, T), (B, queries, N, H)]
+    rng, rows, Hv = np.random.default_rng(0), more.get("bias"), more.get("d_value", H)
+    shapes = [(B, queries, N, H), (B, T, K, H), (B, T, K, Hv), (rows or 1, N, queries, T), (B, queries, N, Hv)]
     *qkv, bias, weights = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
-    return (*qkv, bias if rows else None), weights, mask, {key: x for key, x in more.items() if key != "bias"}
+    more = {key: x for key, x in more.items() if key not in ("bias", "d_value")}
+    return (*qkv, bias if rows else None), weights, mask, more
 
 
 @functools.partial(jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
@@ -72,7 +73,7 @@ def seen_in(name):
 
 def oracle(q, k, v, bias, seen, scale=None, soft_cap=None):
     """Vaswani et al. 2017, eq. 1, one query at a time in float64, over the keys it sees."""
-    out = np.zeros(q.shape)
+    out = np.zeros((*q.shape[:3], v.shape[3]))
     for b, t, n in np.ndindex(q.shape[:3]):
         keys = np.flatnonzero(seen[b if len(seen) > 1 else 0, t])
         if len(keys):
@@ -175,8 +176,8 @@ def test_auto_is_one_of_them(name, block, monkeypatch):
 
 ERRORS = {
     r"q\(2, 3, 4\), .*: each must be \(batch, length, heads, width\)": [(2, 3, 4), (2, 3, 1, 4), (2, 3, 1, 4)],
-    r"k\(2, 3, 1, 4\), v\(2, 5, 1, 4\): k and v must have one shape": [(2, 3, 2, 4), (2, 3, 1, 4), (2, 5, 1, 4)],
-    r"q\(1, 3, 2, 4\), k\(2, .*: batch and width must be equal": [(1, 3, 2, 4), (2, 3, 1, 4), (2, 3, 1, 4)],
+    r"k\(2, 3, 1, 4\), v\(2, 5, 1, 4\): k and v must be alike but in width": [(2, 3, 2, 4), (2, 3, 1, 4), (2, 5, 1, 4)],
+    r"q\(1, 3, 2, 4\), k\(2, .*: batch and width must be equal in q, k": [(1, 3, 2, 4), (2, 3, 1, 4), (2, 3, 1, 4)],
     r"q\(2, 3, 3, 4\), .* query heads must be a multiple of the key-": [(2, 3, 3, 4), (2, 3, 2, 4), (2, 3, 2, 4)],
 }
 

@@ -281,7 +281,7 @@ def resolved(cfg: ModelConfig) -> ModelConfig:
         "attention_scale": cfg.attention_scale or cfg.H**-0.5,
     }
     training = {"dropout_rate": 0.0, "attention_dropout_rate": 0.0, "init": "normal", "dtype": "float32"}
-    return dataclasses.replace(cfg, n_kv_heads=cfg.K, d_head=cfg.H, d_mlp=cfg.F, **unset, **training)
+    return dataclasses.replace(cfg, n_kv_heads=cfg.K, d_head=cfg.H, d_value=cfg.Hv, d_mlp=cfg.F, **unset, **training)
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -34,16 +34,18 @@ class Attention(nn.Module):
         cfg = self.cfg
         self.q = Linear(cfg, cfg.n_heads * cfg.H, "qkv")
         self.k = Linear(cfg, cfg.K * cfg.H, "qkv")
-        self.v = Linear(cfg, cfg.K * cfg.H, "qkv")
+        self.v = Linear(cfg, cfg.K * cfg.Hv, "qkv")
         self.out = Linear(cfg, cfg.d_model, "out", residual=True)
         if cfg.qk_norm:
             self.q_norm, self.k_norm = make_qk_norm(cfg), make_qk_norm(cfg)
 
     def keys_values(self, x: Float[Array, "B S D"], turn: Rotation | None = None) -> LayerCache:
         """The keys and values of x, as a cache of S slots."""
-        k, v = (part.reshape(*x.shape[:2], self.cfg.K, self.cfg.H) for part in (self.k(x), self.v(x)))
-        k = self.k_norm(k) if self.cfg.qk_norm else k
-        return LayerCache(rotate(k, turn, interleaved=self.cfg.positions == "rotary_pairs"), v)
+        cfg = self.cfg
+        k = self.k(x).reshape(*x.shape[:2], cfg.K, cfg.H)
+        v = self.v(x).reshape(*x.shape[:2], cfg.K, cfg.Hv)
+        k = self.k_norm(k) if cfg.qk_norm else k
+        return LayerCache(rotate(k, turn, interleaved=cfg.positions == "rotary_pairs"), v)
 
     def attend(
         self, x: Float[Array, "B T D"], memory: LayerCache, plan: Plan, deterministic: bool

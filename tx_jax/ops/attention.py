@@ -1,6 +1,7 @@
 """softmax(q kᵀ · scale + bias) v over the pairs that a mask allows: the one attention function.
 
-Letters: B batch, T query length, S key length, N query heads, K key-value heads, G = N / K, H head width.
+Letters: B batch, T query length, S key length, N query heads, K key-value heads, G = N / K, H head width,
+Hv width of a head's values.
 """
 
 import functools
@@ -16,7 +17,7 @@ from tx_jax.ops.masks import Mask
 def attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    v: Float[Array, "B S K Hv"],
     mask: Mask = Mask(),
     bias: Float[Array, "#B N T S"] | None = None,
     *,
@@ -25,7 +26,7 @@ def attention(
     dropout_rate: float = 0.0,
     dropout_key: PRNGKeyArray | None = None,
     impl: str = "auto",
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B T N Hv"]:
     """For each query, the mean of the values, weighted by the softmax of its scores; zeros if it may see no key.
 
     Scores and softmax are float32, the result has q's dtype. N may be a multiple of K (grouped-query attention).
@@ -56,15 +57,15 @@ def attention(
 def _check_shapes(q: Array, k: Array, v: Array) -> None:
     shapes = f"q{q.shape}, k{k.shape}, v{v.shape}"
     require(q.ndim == k.ndim == v.ndim == 4, f"{shapes}: each must be (batch, length, heads, width)")
-    require(k.shape == v.shape, f"{shapes}: k and v must have one shape")
-    require(q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3], f"{shapes}: batch and width must be equal")
+    require(k.shape[:3] == v.shape[:3], f"{shapes}: k and v must be alike but in width")
+    require(q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3], f"{shapes}: batch and width must be equal in q, k")
     require(q.shape[2] % k.shape[2] == 0, f"{shapes}: the query heads must be a multiple of the key-value heads")
 
 
 def _plain(q, k, v, mask, bias, key, scale, soft_cap, rate):
     """The reference: holds (B, N, T, S)."""
     B, T, N, H = q.shape
-    S, K = k.shape[1:3]
+    S, K, Hv = v.shape[1:]
     q = (q * jnp.asarray(scale, q.dtype)).reshape(B, T, K, N // K, H)
     scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32)
     if soft_cap is not None:
@@ -82,7 +83,7 @@ def _plain(q, k, v, mask, bias, key, scale, soft_cap, rate):
         weights *= jax.random.bernoulli(key, 1 - rate, weights.shape) / (1 - rate)
     out = jnp.einsum("BKGTS,BSKH->BTKGH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
     out /= total.transpose(0, 3, 1, 2)[..., None]
-    return out.reshape(B, T, N, H).astype(q.dtype)
+    return out.reshape(B, T, N, Hv).astype(q.dtype)
 
 
 BLOCK = 64  # queries in a block: measured beside 128 and none on CPU (benchmarks/RESULTS.md)
