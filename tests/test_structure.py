@@ -13,7 +13,7 @@ RANKS = {  # of every module of the package
     "config": 0, "run_config": 1,
     "ops.masks": -1, "ops.attention": 0, "ops.positions": 0,
     "training.losses": 0, "decoding.samplers": 0,
-    "data.tokenizers": -2, "data.wheels": -1, "data.corpora": 0, "data.batches": 0,
+    "data.tokenizers": -2, "data.wheels": -1, "data.corpora": 0, "data.batches": 0, "data.objectives": 1,
     "convert.files": 0, "convert.named": 0,
     "data.libraries": -1, "data.byte_ranks": 0, "data.sentencepieces": 0, "data.subwords": 1,
     "data.trained": 2, "data.pairs": 1, "data.buckets": 1, "data.vocabularies": 2, "data.vocabulary_files": 3, "data.chat": 2, "data.chat_template": -3,
