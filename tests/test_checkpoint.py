@@ -287,3 +287,33 @@ def test_refuses_a_broken_config(tmp_path, text):
         with refuses(f"{tmp_path / 'config.json'} cannot be read: ") as refusal:
             read(tmp_path)
         assert str(refusal.value).endswith("; use another --run-dir")
+
+
+class WithMean(NamedTuple):
+    step: jax.Array
+    params: dict[str, Any]
+    ema: dict[str, Any]
+
+
+def test_a_mean_over_steps_lies_apart(tmp_path):
+    state = WithMean(jnp.int32(3), {"w": jnp.ones(3)}, {"w": jnp.full(3, 0.25)})
+    with saver(tmp_path, 1) as save:
+        save(3, state, {})
+    assert_same(restore(tmp_path, state)[0], state)
+    assert_same(restore_params(tmp_path, state.params, part="ema"), state.ema)
+    assert_same(restore_params(tmp_path, state.params), state.params)
+    with refuses("its metadata is damaged"):
+        restore_params(put(tmp_path / "none", 1), make_state().params, part="ema")
+
+
+def test_parameters_are_the_mean_of_the_last_checkpoints(tmp_path):
+    put(tmp_path, 1, 2, 5, 9)
+    abstract = jax.eval_shape(make_state).params
+
+    def mean(*steps):
+        return np.mean([make_state(step).params["w"] for step in steps], axis=0)
+
+    for step, n, steps in ((None, 1, [9]), (None, 3, [2, 5, 9]), (5, 2, [2, 5]), (None, 9, [1, 2, 5, 9])):
+        got = restore_params(tmp_path, abstract, step, n_averaged=n)
+        np.testing.assert_allclose(got["w"], mean(*steps), rtol=1e-6)
+        assert got["b"]["c"].dtype == jnp.bfloat16

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from xml.sax.saxutils import escape
 
 import jax.numpy as jnp
@@ -50,28 +50,36 @@ def plot_metrics(run_dir: str | Path) -> Path | None:
 
 
 def cross_attention(
-    model: EncoderDecoder, params: dict, source: Int[Array, "B S"], tokens: Int[Array, "B T"], **positions: Array
+    model: EncoderDecoder,
+    params: dict,
+    source: Int[Array, "B S"],
+    tokens: Int[Array, "B T"],
+    source_positions: Int[Array, "B S"] | None = None,
 ) -> Float[Array, "L B N T S"]:
     """How much each target token attends to each source token, by layer and head; over the source it sums to 1.
 
     Args:
         tokens: what the decoder reads: a start, then the target.
-        positions: source_positions and positions, −1 on padding, as in a call of the model.
+        source_positions: −1 on padding; None: there is none.
     """
-    cfg: ModelConfig = model.cfg
+    cfg = model.cfg
     name = "q_norm" if cfg.qk_norm else "q"  # what gives the queries as they are scored
     shown: Any = lambda module, _: module.name == name and module.parent.name == "cross_attention"  # noqa: E731
-    _, found = model.apply(
-        {"params": params}, source, tokens, **positions, capture_intermediates=shown, mutable=["intermediates"]
+    memory: Any = model.apply({"params": params}, source, source_positions, method="encode")
+    _, found = cast(
+        tuple[Any, Any],
+        model.apply(
+            {"params": params}, tokens, memory=memory, method="hidden",
+            capture_intermediates=shown, mutable=["intermediates"],
+        ),
     )  # fmt: skip
-    memory: Any = model.apply({"params": params}, source, positions.get("source_positions"), method="encode")
     (B, S), mask = source.shape, Mask(k_positions=memory.positions)
     one_hot = jnp.broadcast_to(jnp.eye(S)[:, None], (B, S, cfg.K, S))  # as values, they give the weights themselves
-    scores = {"scale": cfg.attention_scale, "soft_cap": cfg.attention_soft_cap}
 
     def weights(i: int) -> Array:
         (q,) = found["intermediates"]["decoder"][f"blocks_{i}"]["cross_attention"][name]["__call__"]
-        return attention(q.reshape(*tokens.shape, cfg.n_heads, cfg.H), memory.layers[i].k, one_hot, mask, **scores)
+        q, k = q.reshape(*tokens.shape, cfg.n_heads, cfg.H), memory.layers[i].k
+        return attention(q, k, one_hot, mask, scale=cfg.attention_scale, soft_cap=cfg.attention_soft_cap)
 
     return jnp.stack([weights(i) for i in range(cfg.n_layers)]).swapaxes(2, 3)
 
@@ -107,8 +115,8 @@ def plot_translation(
     ids = best.ids
     tokens = jnp.asarray([[start_id, *ids[:-1]]], jnp.int32)
     weights = np.asarray(cross_attention(model, params, jnp.asarray(best.source_ids)[None], tokens))[:, 0].mean(axis=1)
-    names = ([tokenizer.decode([i], special=True).strip() for i in part] for part in (best.source_ids, ids))
-    plot_attention(weights, *names, path)
+    source, target = ([tokenizer.decode([i], special=True).strip() for i in part] for part in (best.source_ids, ids))
+    plot_attention(weights, source, target, path)
 
 
 Number = int | float  # pixels

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from tx_jax.config import DType, ModelConfig, RotaryConfig
-from tx_jax.run_config import DataConfig, OptimConfig, RunConfig, TrainConfig
+from tx_jax.config import DType, ModelConfig, RotaryConfig, Stack
+from tx_jax.run_config import DataConfig, Objective, OptimConfig, RunConfig, TrainConfig
 
 
 def _vaswani(vocab_size: int, d_model: int, n_heads: int, d_mlp: int, dropout_rate: float) -> ModelConfig:
@@ -295,14 +295,41 @@ def number_words(backend: str) -> RunConfig:
     """Numbers to English words, 123 → one hundred and twenty-three: minutes on a CPU, to an exact match."""
     return RunConfig(
         run_dir="runs/number-words",
-        model=_translator(24, 0.0, backend, d_model=128, n_layers=2, n_heads=4, d_mlp=512),
+        model=_translator(20, 0.0, backend, d_model=128, n_layers=2, n_heads=4, d_mlp=512),
         data=DataConfig(
             objective="translate", corpus="number_words", tokenizer="bpe", vocab_size=320,
-            seq_len=24, batch_size=64, valid_fraction=0.02, test_fraction=0.05,
+            seq_len=20, batch_size=64, valid_fraction=0.02, test_fraction=0.05,
         ),
         optim=OptimConfig(schedule="cosine", peak_lr=3e-3, end_lr=1e-4, warmup_steps=100, beta2=0.98, weight_decay=0.0),
         train=TrainConfig(n_steps=1000, log_every=100, eval_every=250, sample_every=500, save_every=500),
     )  # fmt: skip
+
+
+def _text_run(name: str, stack: Stack, objective: Objective, backend: str, **model: Any) -> RunConfig:
+    """A small model of the other objectives, on tiny Shakespeare in subwords."""
+    return RunConfig(
+        run_dir=f"runs/{name}",
+        model=ModelConfig(stack=stack, d_model=128, n_layers=4, n_heads=4, max_len=128, init="xavier", **model),
+        data=DataConfig(objective=objective, tokenizer="bpe", vocab_size=1024, seq_len=64, batch_size=16),
+        optim=OptimConfig(peak_lr=2e-3, warmup_steps=200, beta2=0.98),
+        train=TrainConfig(n_steps=3000),
+    )
+
+
+def span_corruption(backend: str) -> RunConfig:
+    """T5's objective on a small T5: spans of a text are hidden, and told one after the other."""
+    model = {"positions": "t5", "norm": "rmsnorm", "scale_head": True, "attention_scale": 1.0}
+    return _text_run("span-corruption", "encoder_decoder", "span_corruption", backend, **model)
+
+
+def masked_lm(backend: str) -> RunConfig:
+    """BERT's objective on a small encoder: a seventh of the tokens is hidden, and guessed from both sides."""
+    return _text_run("masked-lm", "encoder", "masked_lm", backend, positions="learned")
+
+
+def prefix_lm(backend: str) -> RunConfig:
+    """A decoder whose prompt sees itself from both sides, as sample.py then reads it."""
+    return _text_run("prefix-lm", "decoder", "prefix_lm", backend)
 
 
 def _fast_dtype(backend: str) -> DType:
@@ -317,6 +344,9 @@ RUNS: dict[str, Callable[[str], RunConfig]] = {  # by the backend that they will
         nanogpt_shakespeare_10m,
         translate_en_es,
         number_words,
+        span_corruption,
+        masked_lm,
+        prefix_lm,
         finetune,
     )
 }

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from tx_jax.data.subwords import Subwords
 from tx_jax.decoding.beam import beam_search
 from tx_jax.decoding.generate import Prompt, generate, pad_prompts
 from tx_jax.decoding.samplers import Sampler
-from tx_jax.errors import require
+from tx_jax.errors import InputError, require
 from tx_jax.models import EncoderDecoder
 
 BUCKET = 16  # sources are padded to a multiple of this many tokens, so that few lengths are compiled
@@ -66,7 +66,8 @@ def translate(
         InputError: a text is too long, there is nothing to begin or to end with, or as `beam_search` and `generate`.
     """
     start, ends = tokenizer.bos_id if start_id is None else start_id, end_ids or tokenizer.eos_ids
-    require(start is not None and ends, "the tokenizer says not what begins and ends a text; give start_id and end_ids")
+    if start is None or not ends:
+        raise InputError("the tokenizer does not say what begins and ends a text; give start_id and end_ids")
     require(batch_size >= 1, f"batch_size={batch_size} must be at least 1 text")
     sources = [tokenizer.encode(text, special=special, add_special_tokens=True) for text in texts]
     sources = [_fit(ids, i, model.cfg.max_len, truncate) for i, ids in enumerate(sources, first)]
@@ -117,13 +118,14 @@ def _padded(rows: list[np.ndarray], batch_size: int, max_len: int) -> Prompt:
     """The rows as one batch of a few shapes: a bucket wide, and a power of two high or batch_size."""
     n_rows = min(1 << (len(rows) - 1).bit_length(), batch_size)
     width = min(-(-max(map(len, rows)) // BUCKET) * BUCKET, max_len)
-    source = pad_prompts([*rows, *[rows[-1]] * (n_rows - len(rows)), [0] * width])  # the last gives all their width
+    full = [ids.tolist() for ids in rows] + [rows[-1].tolist()] * (n_rows - len(rows))
+    source = pad_prompts([*full, [0] * width])  # the last gives all their width
     return Prompt(source.tokens[:-1], source.positions[:-1])
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _encode(model: EncoderDecoder, params: dict, source: Prompt) -> Cache:
-    return model.apply({"params": params}, *source, method="encode")
+    return cast(Cache, model.apply({"params": params}, *source, method="encode"))
 
 
 def score_texts(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:

@@ -188,3 +188,19 @@ def test_an_encoder_decoder_learns_to_reverse():
     memory = jit(model.apply, static_argnames="method")({"params": state.params}, source, method="encode")
     result = tx.generate(model, state.params, np.full((200, 1), start), max_new_tokens=n, memory=memory)
     assert (np.asarray(result.tokens) == source[:, ::-1]).mean() > 0.95
+
+
+@pytest.mark.parametrize("name", ["one device", "pmap", "data 2 × fsdp 2 × tensor 2"])
+def test_a_mean_of_the_parameters_is_kept_beside_them(name):
+    _, step, state = make(axis_name=AXIS if name == "pmap" else None, ema=0.2)
+    state = state._replace(ema=jax.tree.map(jnp.copy, state.params))  # another buffer: both are given up
+    launcher = LAUNCHERS[name](step, state)
+    expected = np.asarray(state.params["embed"]["table"])
+    state = launcher.put_state(state)
+    for i in range(4):
+        state, _ = launcher.step(state, launcher.put_batch(make_batch(i)))
+        host = launcher.host_state(state)
+        share = min(0.2, (1 + i) / (10 + i))
+        expected = share * expected + (1 - share) * np.asarray(host.params["embed"]["table"])
+        np.testing.assert_allclose(host.ema["embed"]["table"], expected, rtol=1e-5, atol=1e-7)
+    assert not np.allclose(expected, host.params["embed"]["table"], atol=1e-6)

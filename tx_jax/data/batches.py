@@ -4,7 +4,7 @@ Both are made from one array of ids and are the same on every machine; the train
 and the step alone, so that a run resumes at the very batch where it stopped.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import grain
 
 Ids = Integer[np.ndarray, " _"]
+Windows = Integer[np.ndarray, "B _"]  # rows of T + 1 consecutive ids
 
 
 class Batch(NamedTuple):
@@ -84,7 +85,22 @@ def _check(name: str, ids: Ids, seq_len: int, batch_size: int) -> None:
     require(len(ids) > seq_len, f"{rule}; {remedy}")
 
 
-def train_batches(ids: Ids, *, seq_len: int, batch_size: int, seed: int) -> "grain.IterDataset":
+def next_token(windows: Windows, rng: np.random.Generator | None = None) -> Batch:
+    """Each token's target is the next. Nothing is drawn.
+
+    >>> next_token(np.array([[5, 6, 7]])).targets.tolist()
+    [[6, 7]]
+    """
+    tokens, targets = windows[:, :-1].astype(np.int32), windows[:, 1:].astype(np.int32)
+    return Batch(tokens, targets, np.ones(tokens.shape, np.float32))
+
+
+Objective = Callable[[Windows, np.random.Generator], Batch | PairBatch]  # a row of data.objectives
+
+
+def train_batches(
+    ids: Ids, *, seq_len: int, batch_size: int, seed: int, objective: Objective = next_token
+) -> "grain.IterDataset":
     """Endless batches of crops of the ids: each start once an epoch, in an order that the seed and the epoch give.
 
     Its iterator resumes exactly: `iterator.set_state(state)` with a `state` (JSON) from `iterator.get_state()`.
@@ -95,7 +111,8 @@ def train_batches(ids: Ids, *, seq_len: int, batch_size: int, seed: int) -> "gra
         ids: the training split; any integer type, also a memory map.
         seq_len: tokens of a crop (T).
         batch_size: crops in a batch (B).
-        seed: of the order, 0 to 2³² − 1.
+        seed: of the order, and of what the objective draws, 0 to 2³² − 1.
+        objective: makes a batch of (batch_size, seq_len + 1) consecutive ids.
 
     >>> batch = next(iter(train_batches(np.arange(9), seq_len=3, batch_size=2, seed=0)))
     >>> batch.tokens.shape, bool((batch.targets == batch.tokens + 1).all())
@@ -110,13 +127,10 @@ def train_batches(ids: Ids, *, seq_len: int, batch_size: int, seed: int) -> "gra
     require(0 <= seed < 2**32, f"seed={seed} must be from 0 to 2³² − 1")
     windows = np.lib.stride_tricks.sliding_window_view(ids, seq_len + 1)
 
-    def crops(starts: Sequence[int]) -> Batch:
-        window = windows[np.asarray(starts)].astype(np.int32)
-        return Batch(window[:, :-1], window[:, 1:], np.ones((batch_size, seq_len), np.float32))
-
     starts = grain.MapDataset.range(len(windows)).shuffle(seed).repeat()
     in_this_thread = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    return starts.batch(batch_size, batch_fn=crops).to_iter_dataset(in_this_thread)
+    crops = starts.batch(batch_size, batch_fn=lambda starts: windows[np.asarray(starts)])
+    return crops.random_map(objective, seed=seed).to_iter_dataset(in_this_thread)
 
 
 def valid_batches(ids: Ids, *, seq_len: int, batch_size: int) -> list[Batch]:
@@ -143,3 +157,20 @@ def valid_batches(ids: Ids, *, seq_len: int, batch_size: int) -> list[Batch]:
 
     parts = filled(ids[:-1], np.int32), filled(ids[1:], np.int32), filled(np.ones(n_targets), np.float32)
     return [Batch(*part) for part in zip(*parts, strict=True)]
+
+
+def valid_windows(
+    ids: Ids, objective: Objective, *, seq_len: int, batch_size: int, seed: int = 0
+) -> list[Batch | PairBatch]:
+    """Batches of an objective, in consecutive windows of seq_len tokens; what does not fill a batch is left out.
+
+    Raises:
+        InputError: there are fewer than batch_size · seq_len + 1 ids, or a number is out of its range.
+    """
+    _check("validation", ids, seq_len, batch_size)
+    n_batches = (len(ids) - 1) // (batch_size * seq_len)
+    rule = f"the validation split has {len(ids)} tokens, but a batch has {batch_size * seq_len}"
+    require(n_batches, f"{rule}; use a smaller --data.batch-size, or more text")
+    windows = np.lib.stride_tricks.sliding_window_view(ids, seq_len + 1)[::seq_len]
+    rows = (windows[i * batch_size : (i + 1) * batch_size] for i in range(n_batches))
+    return [objective(one, np.random.default_rng([seed, i])) for i, one in enumerate(rows)]

@@ -49,8 +49,8 @@ def make_buckets(sources: Rows, targets: Rows, *, seq_len: int, batch_size: int)
         waiting = np.concatenate([waiting, np.flatnonzero((longest > low) & (longest <= width))])
         n_rows = seq_len // width * batch_size
         if len(waiting) and (len(waiting) >= n_rows or width == widths[-1]):
-            source_len, target_len = (int(n) for n in -(-lengths[waiting].max(axis=0) // 4) * 4)
-            found.append(Bucket(waiting, n_rows, min(source_len, seq_len), min(target_len, seq_len)))
+            shape = (next(w for w in widths if w >= length) for length in lengths[waiting].max(axis=0))
+            found.append(Bucket(waiting, n_rows, *shape))
             waiting = np.zeros(0, int)
     return found
 

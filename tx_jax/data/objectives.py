@@ -9,10 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Integer
 
-from tx_jax.data.batches import Batch, PairBatch
+from tx_jax.data.batches import Batch, PairBatch, Windows, next_token
 from tx_jax.errors import require
-
-Windows = Integer[np.ndarray, "B _"]
 
 
 def _length(windows: Windows, least: int) -> int:
@@ -20,20 +18,6 @@ def _length(windows: Windows, least: int) -> int:
     T = windows.shape[1] - 1
     require(least <= T, f"windows of {T + 1} ids have T={T}, but T must be at least {least}; raise --data.seq-len")
     return T
-
-
-def next_token(windows: Windows, rng: np.random.Generator) -> Batch:
-    """Each token's target is the next. Nothing is drawn.
-
-    >>> next_token(np.array([[5, 6, 7]]), np.random.default_rng(0)).targets.tolist()
-    [[6, 7]]
-
-    Raises:
-        InputError: a window has fewer than 2 ids.
-    """
-    T = _length(windows, 1)
-    tokens, targets = windows[:, :-1].astype(np.int32), windows[:, 1:].astype(np.int32)
-    return Batch(tokens, targets, np.ones((len(windows), T), np.float32))
 
 
 def prefix_lm(windows: Windows, rng: np.random.Generator) -> Batch:

@@ -7,7 +7,7 @@ beside another's translation in silence.
 import hashlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,9 +28,13 @@ class Pairs(NamedTuple):
     targets: list[str]
     lines: list[int]
 
-    def take(self, members: Sequence[int]) -> "Pairs":
+    def take(self, members: Iterable[int]) -> "Pairs":
         """The pairs of these indices."""
-        return Pairs(*([column[i] for i in members] for column in self))
+        return _pairs([(self.sources[i], self.targets[i], self.lines[i]) for i in members])
+
+
+def _pairs(rows: Sequence[tuple[str, str, int]]) -> Pairs:
+    return Pairs([row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows])
 
 
 def load_pairs(path: str | None, target_path: str | None, corpus: str, bad_lines: str) -> Pairs:
@@ -60,7 +64,7 @@ def load_pairs(path: str | None, target_path: str | None, corpus: str, bad_lines
             faults.append((number, fault))
     report_faults(path, faults, len(kept) + len(faults), bad_lines)
     require(kept, f"path={path!r} holds no pairs; give lines of a source, a tab and a target")
-    return Pairs(*map(list, zip(*kept, strict=True)))
+    return _pairs(kept)
 
 
 def report_faults(name: str, faults: Sequence[Fault], n_lines: int, bad_lines: str) -> None:
@@ -104,7 +108,7 @@ def _table(path: str) -> Iterator[tuple[str, str] | str]:
     for line in lines:
         text = _text(line)
         columns = [] if text is None else text.split("\t")
-        many = f"has {len(columns)} columns, not the {n_columns} of the first line"
+        many = f"has {len(columns)} column{'s' * (len(columns) != 1)}, not the {n_columns} of the first line"
         yield "is not UTF-8" if text is None else many if len(columns) != n_columns else (columns[0], columns[1])
 
 
@@ -133,7 +137,7 @@ def split_pairs(pairs: Pairs, valid_fraction: float, test_fraction: float) -> tu
     """
     share = np.array([_share(source.strip()) for source in pairs.sources])
     side = np.where(share < test_fraction, 2, np.where(share < test_fraction + valid_fraction, 1, 0))
-    parts = [pairs.take(np.flatnonzero(side == i)) for i in range(3)]
+    parts = [pairs.take(np.flatnonzero(side == i).tolist()) for i in range(3)]
     for name, part in zip(("train on", "validate with", "test on"), parts, strict=True):
         rule = f"{len(pairs.sources):,} pairs leave none to {name}"
         require(part.sources, f"{rule}; give more, or other --data.valid-fraction and --data.test-fraction")

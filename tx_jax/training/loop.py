@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
@@ -104,7 +105,8 @@ def _fit(cfg: RunConfig, stop: threading.Event) -> TrainState:
 def begin(cfg: RunConfig, model: Model, optimizer, key: PRNGKeyArray, params: dict | None = None) -> TrainState:
     """The state before the first step, with these parameters or fresh ones."""
     state = first_state(cfg.lora, model, optimizer, key, params)
-    return state._replace(ema=state.params) if cfg.train.ema_rate else state
+    mean = jax.tree.map(jnp.copy, state.params) if cfg.train.ema_rate else ()  # a buffer of its own: both are given up
+    return state._replace(ema=mean)
 
 
 def claim(run_dir: Path, cfg: RunConfig, tokenizer: AnyTokenizer) -> int:

@@ -104,10 +104,9 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
         metrics = Metrics(total / divisor, optax.tree.norm(grads), count)
-        state = state._replace(step=state.step + 1, params=params, opt_state=opt_state)
         share = jnp.minimum(ema, (1 + state.step) / (10 + state.step))
         mean = jax.tree.map(lambda old, new: share * old + (1 - share) * new, state.ema, params) if ema else ()
-        return state._replace(ema=mean), metrics
+        return state._replace(step=state.step + 1, params=params, opt_state=opt_state, ema=mean), metrics
 
     return step
 
