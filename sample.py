@@ -63,6 +63,8 @@ class Args:
         require(n >= 1, f"num_samples={n} must be at least 1; leave it out for one")
         streams = "--interactive" * self.interactive or "--stream" * self.stream
         require(n == 1 or not streams, f"num_samples={n} cannot be streamed; leave out {streams}, or ask for one")
+        rule = f"n_beams={self.n_beams} must be at least 1, which is greedy, and n_best={self.n_best} at least 1"
+        require(self.n_beams >= 1 and self.n_best >= 1, rule)
         require(heat is None or heat >= 0, f"temperature={heat} must be 0, which is greedy, or more")
         require(new is None or new >= 1, f"max_new_tokens={new} must be at least 1")
         require(0 <= self.seed < 2**32, f"seed={self.seed} must be from 0 to 2³² − 1")
@@ -87,7 +89,9 @@ def main(argv: list[str]) -> None:
         translate_lines(args, path, source)
         return
     writer, chats = prepare_writer(args, path, source.cfg, source.special_ids)
-    own = read_config(path).train.sample_prompt if run else None  # of training: a text to go on from, no message
+    trained = read_config(path) if run else None
+    own = trained and trained.train.sample_prompt  # a text to go on from, no message
+    writer = writer._replace(prefix_lm=trained is not None and trained.data.objective == "prefix_lm")
     asked = args.interactive or said is not None or own is not None
     require(asked, f"{args.model} has no prompt of its own; give --prompt TEXT")
     ids, echo = np.zeros(0, np.int32), ""
@@ -172,15 +176,15 @@ def translate_lines(args: Args, path: Path, opened: Source) -> None:
     start_id, ends = said.get("decoder_start_token_id", tokenizer.bos_id), end_ids(said, tokenizer)
     start, count = time.perf_counter(), 0
     for first, lines in read_lines(cast(str, args.source)):
-        full = [line for line in lines if line.strip()]
+        full = {number: line for number, line in enumerate(lines, first) if line.strip()}
         told = iter(
             tx.translate(
-                model, params, tokenizer, full,
+                model, params, tokenizer, [*full.values()], numbers=[*full],
                 n_beams=1 if args.temperature == 0 else max(args.n_beams, args.n_best), n_best=args.n_best,
                 length_penalty=args.length_penalty, sampler=sampler,
                 key=jax.random.fold_in(jax.random.key(args.seed), first), max_new_tokens=args.max_new_tokens,
                 truncate=args.truncate, special="<extra_id_0>" in tokenizer.special_tokens,
-                start_id=start_id, end_ids=ends, first=first,
+                start_id=start_id, end_ids=ends,
             )
         )  # fmt: skip
         for line in lines:
@@ -191,7 +195,7 @@ def translate_lines(args: Args, path: Path, opened: Source) -> None:
                 return
         sys.stdout.flush()
         count += len(full)
-    say(f"{count} lines in {time.perf_counter() - start:.1f} s, with compilation", 0, 0)
+    say(f"{count} lines in {time.perf_counter() - start:.1f} s, with compilation")
 
 
 CHUNK = 1024  # lines of a stream that are read before any is translated, so that like lengths go together

@@ -91,8 +91,9 @@ def as_params(weights: dict[str, np.ndarray], n_layers: int) -> dict:
             "mlp": {"up": linear(f"{name}.linear1"), "down": linear(f"{name}.linear2")},
             "mlp_norm": norm(f"{name}.norm{3 if cross else 2}"),
         }  # fmt: skip
-        more = {"cross_attention": heads(f"{name}.multihead_attn"), "cross_norm": norm(f"{name}.norm2")}
-        return one | more if cross else one
+        if cross:
+            one |= {"cross_attention": heads(f"{name}.multihead_attn"), "cross_norm": norm(f"{name}.norm2")}
+        return one
 
     def stack(name: str, cross: bool) -> dict:
         blocks = {f"blocks_{i}": block(f"{name}.layers.{i}", cross) for i in range(n_layers)}

@@ -7,11 +7,15 @@ import typing
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+import tx_jax as tx
 from tx_jax import config
 from tx_jax.config import ModelConfig
-from tx_jax.inspect import README, draw, gallery, plot_metrics
+from tx_jax.inspect import README, cross_attention, draw, gallery, plot_attention, plot_metrics
 from tx_jax.presets import MODELS
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -135,3 +139,40 @@ def test_no_plot_without_matplotlib(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert plot_metrics(tmp_path) is None
     assert not (tmp_path / "plots").exists()
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"n_kv_heads": 1, "qk_norm": True, "attention_soft_cap": 2.0, "attention_scale": 0.3}]
+)
+def test_cross_attention_is_the_softmax_over_the_source(change):
+    cfg = dataclasses.replace(SMALL, vocab_size=13, stack="encoder_decoder", n_layers=2, n_heads=4, **change)
+    model = tx.build(cfg)
+    shapes = jax.eval_shape(lambda: tx.init_params(model, jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), shapes)
+    source, positions = tx.pad_prompts([[1, 2, 3, 4], [5, 6]])
+    tokens = jnp.array([[7, 8, 9], [1, 2, 3]])
+    weights = cross_attention(model, params, source, tokens, positions)
+    assert weights.shape == (2, 2, 4, 3, 4)
+    np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-5)
+    assert (weights[:, 1, :, :, 2:] == 0).all()
+    assert weights.std() > 0.01
+    # The first layer's heads, put together with the values, are what its cross-attention gives.
+    memory = model.apply({"params": params}, source, positions, method="encode")
+    v = jnp.repeat(memory.layers[0].v, 4 // cfg.K, axis=2)
+    heads = jnp.einsum("BNTS,BSNH->BTNH", weights[0], v).reshape(2, 3, -1)
+    out = heads @ params["decoder"]["blocks_0"]["cross_attention"]["out"]["kernel"].T
+    _, found = model.apply(
+        {"params": params}, tokens, memory=memory, method="hidden", mutable=["intermediates"],
+        capture_intermediates=lambda module, _: module.name == "out" and module.parent.name == "cross_attention",
+    )  # fmt: skip
+    (expected,) = found["intermediates"]["decoder"]["blocks_0"]["cross_attention"]["out"]["__call__"]
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+
+
+def test_attention_is_drawn_with_the_words_of_both(tmp_path):
+    path = tmp_path / "attention.svg"
+    plot_attention(np.full((2, 3, 2), 0.5), ["how", "$are$"], ["qué", "tal", "</s>"], path)
+    assert len(ET.parse(path).getroot().findall(f".//{SVG}image")) == 2
+    with pytest.raises(tx.InputError, match=r"x\.none is not a picture's name; end it with \.png or \.svg"):
+        plot_attention(np.ones((1, 1, 1)), ["a"], ["b"], tmp_path / "x.none")

@@ -6,6 +6,7 @@ from tx_jax.config import ModelConfig, RotaryConfig
 from tx_jax.convert.pretrained import save_pretrained
 from tx_jax.convert.sources import Pretrained, load_pretrained, load_tokenizer
 from tx_jax.data.batches import Batch, PairBatch
+from tx_jax.decoding.beam import Beams, beam_search
 from tx_jax.decoding.generate import Generation, Prompt, decode, generate, pad_prompts, prefill, prepare, stream
 from tx_jax.decoding.samplers import Sampler, sample
 from tx_jax.errors import InputError
@@ -23,6 +24,7 @@ from tx_jax.translate import Translation, translate
 
 __all__ = [
     "Batch",
+    "Beams",
     "Cache",
     "DataConfig",
     "DecoderLM",
@@ -47,6 +49,7 @@ __all__ = [
     "TrainState",
     "Translation",
     "attention",
+    "beam_search",
     "build",
     "count_params",
     "cross_entropy",

@@ -103,8 +103,8 @@ def plot_attention(weights: np.ndarray, source: Sequence[str], target: Sequence[
     for layer, axes in enumerate(panels):
         axes.imshow(weights[layer], cmap="Blues", vmin=0, aspect="auto")
         axes.set_title(f"layer {layer + 1}", fontsize=9)
-        axes.set_xticks(range(S), source, rotation=90)
-    panels[0].set_yticks(range(T), target)
+        axes.set_xticks(range(S), source, rotation=90, parse_math=False)
+    panels[0].set_yticks(range(T), target, parse_math=False)
     figure.savefig(path, dpi=150)
 
 

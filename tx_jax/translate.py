@@ -22,6 +22,9 @@ BUCKET = 16  # sources are padded to a multiple of this many tokens, so that few
 LONGER = 50  # tokens that a translation may have more than its source (Vaswani et al. 2017, §6.1)
 
 
+Rows = list[tuple[np.ndarray, int, float]]
+
+
 class Translation(NamedTuple):
     """One of the translations of a text."""
 
@@ -48,7 +51,7 @@ def translate(
     special: bool = False,
     start_id: int | None = None,
     end_ids: tuple[int, ...] = (),
-    first: int = 1,
+    numbers: Sequence[int] | None = None,
 ) -> list[list[Translation]]:
     """The n_best translations of each text, the best first.
 
@@ -60,7 +63,7 @@ def translate(
         truncate: cut a source that is longer than model.cfg.max_len; otherwise it is refused.
         special: names of special tokens in a text are those tokens, such as T5's `<extra_id_0>`.
         start_id, end_ids: what begins and ends a translation; by default the tokenizer's own.
-        first: the number of the first text, for errors.
+        numbers: by which errors name the texts, such as those of their lines; None: 1, 2, 3, …
 
     Raises:
         InputError: a text is too long, there is nothing to begin or to end with, or as `beam_search` and `generate`.
@@ -70,32 +73,44 @@ def translate(
         raise InputError("the tokenizer does not say what begins and ends a text; give start_id and end_ids")
     require(batch_size >= 1, f"batch_size={batch_size} must be at least 1 text")
     sources = [tokenizer.encode(text, special=special, add_special_tokens=True) for text in texts]
-    sources = [_fit(ids, i, model.cfg.max_len, truncate) for i, ids in enumerate(sources, first)]
+    named = zip(numbers or range(1, len(texts) + 1), sources, strict=True)
+    sources = [_fit(ids, number, model.cfg.max_len, truncate) for number, ids in named]
     found: list[list[Translation]] = [[] for _ in texts]
     for number, members in enumerate(_batches([len(ids) for ids in sources], batch_size)):
         source = _padded([sources[i] for i in members], batch_size, model.cfg.max_len)
-        S = source.tokens.shape[1]
-        more = {
-            "max_new_tokens": min(S + LONGER, model.cfg.max_len - 1) if max_new_tokens is None else max_new_tokens,
-            "eos_id": ends,
-            "memory": _encode(model, params, source),
-        }
+        room = min(source.tokens.shape[1] + LONGER, model.cfg.max_len - 1)
+        more = {"max_new_tokens": room if max_new_tokens is None else max_new_tokens, "eos_id": ends}
+        more["memory"] = _encode(model, params, source)
         begin = jnp.full((len(source.tokens), 1), start, jnp.int32)
         if sampler is None:
             how = {"n_beams": n_beams, "n_best": n_best, "length_penalty": length_penalty}
-            out = beam_search(model, params, begin, **how, **more)
-            targets = [np.asarray(leaf) for leaf in (out.tokens, out.lengths, out.scores)]
+            rows = _search(model, params, begin, **how, **more)
         else:
             keys = [None if key is None else jax.random.fold_in(key, number * n_best + i) for i in range(n_best)]
-            drawn = [generate(model, params, begin, sampler=sampler, key=one, **more) for one in keys]
-            targets = [np.stack([leaf.tokens for leaf in drawn], 1), np.stack([leaf.lengths for leaf in drawn], 1)]
-            targets.append(np.full(targets[1].shape, np.nan))
-        for i, row in zip(members, zip(*targets, strict=True), strict=False):
-            for ids, length, score in zip(*row, strict=True):
+            rows = _draw(model, params, begin, sampler, keys, more)
+        for i, row in zip(members, rows, strict=False):
+            for ids, length, score in row:
                 shown = [int(t) for t in ids[:length] if t not in ends and t < tokenizer.vocab_size]
                 text = tokenizer.decode(shown, special=special)
                 found[i] += [Translation(text, float(score), sources[i], ids[:length])] * bool(length)
     return found
+
+
+def _search(model, params, begin, **how) -> list[Rows]:
+    out = beam_search(model, params, begin, **how)
+    return _rows(out.tokens, out.lengths, out.scores)
+
+
+def _draw(model, params, begin, sampler, keys, more) -> list[Rows]:
+    drawn = [generate(model, params, begin, sampler=sampler, key=key, **more) for key in keys]
+    tokens, lengths = jnp.stack([out.tokens for out in drawn], 1), jnp.stack([out.lengths for out in drawn], 1)
+    return _rows(tokens, lengths, jnp.full(lengths.shape, jnp.nan))
+
+
+def _rows(tokens, lengths, scores) -> list[Rows]:
+    """For each text, its translations as (ids, length, score)."""
+    parts = zip(*map(np.asarray, (tokens, lengths, scores)), strict=True)
+    return [list(zip(*part, strict=True)) for part in parts]
 
 
 def _fit(ids: np.ndarray, number: int, max_len: int, truncate: bool) -> np.ndarray:

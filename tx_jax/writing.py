@@ -3,6 +3,7 @@
 Text goes to standard output, speeds to standard error.
 """
 
+import functools
 import io
 import itertools
 import sys
@@ -34,6 +35,7 @@ class Writer(NamedTuple):
     new: int | None  # at most so many tokens
     sampler: Sampler
     key: PRNGKeyArray
+    prefix_lm: bool = False  # the prompt sees itself from both sides
 
     def room(self, n_tokens: int) -> int:
         """How many tokens may follow so many."""
@@ -47,7 +49,8 @@ def complete(writer: Writer, echo: str, tokens: np.ndarray) -> None:
     new = writer.room(tokens.shape[1])
     padded, n_slots = prepare(model, tokens, None, new, sampler, key, None)
     cache = init_cache(model.cfg, len(tokens), n_slots)
-    fill = jax.jit(prefill, static_argnums=0, donate_argnums=3).lower(model, params, padded, cache).compile()
+    fill = jax.jit(functools.partial(prefill, prefix_lm=writer.prefix_lm), static_argnums=0, donate_argnums=3)
+    fill = fill.lower(model, params, padded, cache).compile()
     start = time.perf_counter()
     logits, cache = jax.block_until_ready(fill(params, padded, cache))
     filling = time.perf_counter() - start
@@ -69,7 +72,7 @@ def complete(writer: Writer, echo: str, tokens: np.ndarray) -> None:
 def tokens_of(writer: Writer, ids: np.ndarray) -> Iterator[int]:
     """New tokens as they come, up to one that ends the text."""
     more = {"max_new_tokens": writer.room(len(ids)), "sampler": writer.sampler, "key": writer.key}
-    rows = stream(writer.model, writer.params, ids[None], **more)
+    rows = stream(writer.model, writer.params, ids[None], prefix_lm=writer.prefix_lm, **more)
     return itertools.takewhile(lambda token: token not in writer.ends, (int(row[0]) for row in rows))
 
 
@@ -89,7 +92,7 @@ def show(writer: Writer, echo: str, tokens: Iterable[int]) -> str:
         pieces.append(piece)
     print(flush=True)
     n = len(times) - 1
-    say(f"first token after {times[min(1, n)] - times[0]:.2f} s", 0, 0)
+    say(f"first token after {times[min(1, n)] - times[0]:.2f} s")
     say(f"decode {n} tokens", n - 2, times[-1] - times[min(2, n)])
     return "".join(pieces)
 
@@ -103,7 +106,7 @@ def converse(writer: Writer, system: str | None) -> None:
     def answer(ids: np.ndarray) -> Iterator[int]:
         nonlocal held
         logits, held = session.read(model, params, held, ids)
-        more = {"max_new_tokens": writer.room(len(ids)), "sampler": writer.sampler}
+        more = {"max_new_tokens": writer.room(len(ids)), "sampler": writer.sampler, "key": writer.key}
         key = jax.random.fold_in(writer.key, len(said))
         for token, now in session.write(model, params, logits, held, key=key, **more):
             held = now
@@ -136,7 +139,7 @@ def messages_typed() -> Iterator[str]:
             yield line.strip()
 
 
-def say(what: str, n_tokens: int, seconds: float) -> None:
+def say(what: str, n_tokens: int = 0, seconds: float = 0.0) -> None:
     """One line for the person, with the speed if there is one."""
     print(what + (f", {n_tokens / seconds:,.0f} tokens/s" if n_tokens > 0 else ""), file=sys.stderr)
 

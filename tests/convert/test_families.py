@@ -20,7 +20,7 @@ from tx_jax.convert.files import open_safetensors  # noqa: E402
 from tx_jax.convert.pretrained import read_family, resolved, save_pretrained  # noqa: E402
 from tx_jax.convert.sources import load_pretrained  # noqa: E402
 
-T, LENGTHS = 11, (11, 7)
+T, LENGTHS, ENDS = 11, (11, 7), tuple(range(2, public.V, 2))
 TOKENS = np.random.default_rng(0).integers(3, public.V, (2, T)).astype(np.int32)
 POSITIONS = np.where(np.arange(T) < np.array(LENGTHS)[:, None], np.arange(T), -1).astype(np.int32)
 REAL = POSITIONS >= 0
@@ -142,3 +142,35 @@ def test_what_a_config_leaves_out(name):
     full = getattr(hf, architecture).config_class().to_dict() | {"architectures": [architecture]}
     short = {"architectures": [architecture]}
     assert resolved(read_family(full, "full")[1]) == resolved(read_family(short, "short")[1])
+
+
+@pytest.mark.parametrize("name", public.TRANSLATORS)
+def test_beam_search_finds_what_transformers_finds(name, loaded):
+    """Three beams, the best three, scores divided by the length: translations of random weights, which end anywhere."""
+    model = public.make(name)
+    rule = {
+        "num_beams": 3,
+        "num_return_sequences": 3,
+        "early_stopping": True,
+        "length_penalty": 1.0,
+        "max_new_tokens": 8,
+    }
+    ids, mask = (torch.tensor(part).long() for part in (TOKENS, REAL))
+    with torch.no_grad():
+        out = model.generate(
+            ids, attention_mask=mask, do_sample=False, use_cache=False, eos_token_id=list(ENDS), pad_token_id=0,
+            decoder_start_token_id=0,
+            return_dict_in_generate=True, output_scores=True, **rule,
+        )  # fmt: skip
+    _, found = loaded(name)
+    model = tx.build(found.cfg)
+    memory = apply(model, found.params, TOKENS, POSITIONS, method="encode")
+    got = tx.beam_search(
+        model, found.params, jnp.zeros((2, 1), int), max_new_tokens=8, eos_id=ENDS, memory=memory,
+        n_beams=3, n_best=3, length_penalty=1.0, penalty="plain",
+    )  # fmt: skip
+    rows = out.sequences.numpy()[:, 1:].reshape(2, 3, -1)
+    for theirs, ours, length in zip(rows.reshape(6, -1), got.tokens.reshape(6, 8), got.lengths.ravel(), strict=True):
+        np.testing.assert_array_equal(ours[:length], theirs[:length])
+    np.testing.assert_allclose(got.scores.ravel(), out.sequences_scores.numpy(), atol=1e-4)
+    assert len({*map(int, got.lengths.ravel())}) > 1, "all are of one length: other ENDS would tell more"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tx_jax.checkpoint import latest_step, read_config, restore_params
-from tx_jax.models import DecoderLM, init_params
+from tx_jax.models import build, init_params
 
 
 def records(run_dir):
@@ -21,7 +21,7 @@ def records(run_dir):
 
 
 def assert_same_params(a, b):
-    shapes = jax.eval_shape(lambda key: init_params(DecoderLM(read_config(a).model), key), jax.random.key(0))
+    shapes = jax.eval_shape(lambda key: init_params(build(read_config(a).model), key), jax.random.key(0))
     found = [jax.tree.leaves(restore_params(run_dir, shapes)) for run_dir in (a, b)]
     for one, other in zip(*found, strict=True):
         assert np.asarray(one).tobytes() == np.asarray(other).tobytes()

@@ -162,15 +162,17 @@ def valid_batches(ids: Ids, *, seq_len: int, batch_size: int) -> list[Batch]:
 def valid_windows(
     ids: Ids, objective: Objective, *, seq_len: int, batch_size: int, seed: int = 0
 ) -> list[Batch | PairBatch]:
-    """Batches of an objective, in consecutive windows of seq_len tokens; what does not fill a batch is left out.
+    """Batches of an objective, in consecutive windows of seq_len tokens; what does not fill a window is left out.
+
+    All have batch_size rows, so that one compiled step reads them; those that are left at the end have no weight.
 
     Raises:
-        InputError: there are fewer than batch_size · seq_len + 1 ids, or a number is out of its range.
+        InputError: there are fewer than seq_len + 1 ids, or a number is out of its range.
     """
     _check("validation", ids, seq_len, batch_size)
-    n_batches = (len(ids) - 1) // (batch_size * seq_len)
-    rule = f"the validation split has {len(ids)} tokens, but a batch has {batch_size * seq_len}"
-    require(n_batches, f"{rule}; use a smaller --data.batch-size, or more text")
-    windows = np.lib.stride_tricks.sliding_window_view(ids, seq_len + 1)[::seq_len]
-    rows = (windows[i * batch_size : (i + 1) * batch_size] for i in range(n_batches))
-    return [objective(one, np.random.default_rng([seed, i])) for i, one in enumerate(rows)]
+    windows, found = np.lib.stride_tricks.sliding_window_view(ids, seq_len + 1)[::seq_len], []
+    for start in range(0, len(windows), batch_size):
+        index = start + np.arange(batch_size)
+        batch = objective(windows[np.minimum(index, len(windows) - 1)], np.random.default_rng([seed, start]))
+        found.append(batch._replace(weights=batch.weights * (index < len(windows))[:, None].astype(np.float32)))
+    return found

@@ -1,6 +1,6 @@
 """Beam search: the likeliest texts of a model, several candidates of each sentence at a time.
 
-One loop, as `decode`'s, over B × n_beams rows. The prompt is read once a sentence, and so is an encoder's memory at each
+One loop, as `decode`'s, over B × n_beams rows. A prompt is read once a sentence, and so is an encoder's memory at each
 step; only the cache of self-attention follows the beams, by one `jax.tree.map`.
 """
 
@@ -11,18 +11,12 @@ from typing import NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 from tx_jax.cache import Cache, init_cache
+from tx_jax.decoding.beam_rules import LENGTH_PENALTIES, RULES, Rules, among, check_ids, check_numbers
 from tx_jax.decoding.generate import LanguageModel, hidden_of, logits_of, prefill, prepare
 from tx_jax.decoding.samplers import Number, Sampler
-from tx_jax.errors import require
-
-LENGTH_PENALTIES = {  # what the log-probability of n new tokens, the end included, is divided by; α = 0: by 1
-    "gnmt": lambda n, alpha: ((5 + n) / 6) ** alpha,  # Wu et al. 2016, eq. 14
-    "plain": lambda n, alpha: n**alpha,
-}
 
 
 class Beams(NamedTuple):
@@ -32,21 +26,6 @@ class Beams(NamedTuple):
     lengths: Int[Array, "B n_best"]  # tokens, the eos_id that ends them included
     scores: Float[Array, "B n_best"]  # log_probs divided by the length penalty
     log_probs: Float[Array, "B n_best"]  # the sum over the tokens, in nats
-
-
-class Rules(NamedTuple):
-    """What is compiled into a search: the arguments of `beam_search` that are not arrays."""
-
-    n_beams: int
-    max_new_tokens: int
-    ends: tuple[int, ...]
-    n_best: int
-    penalty: str
-    early_stopping: bool
-    min_new_tokens: int
-    no_repeat_ngram: int
-    forced: tuple[int, ...]
-    forbidden: tuple[int, ...]
 
 
 class State(NamedTuple):
@@ -82,13 +61,13 @@ def beam_search(
     """The n_best best texts of up to `max_new_tokens` tokens after each prompt, among those that the beams meet.
 
     At each step the n_beams best candidates that do not end live on, and those that end are finished if they are
-    among the n_beams best of all. One beam is greedy `generate`.
+    among the n_beams best of all; at max_new_tokens all end. One beam is greedy `generate`.
 
     Args:
         tokens, positions, eos_id, memory: as of `generate`; memory holds one row a prompt.
         length_penalty: α of the penalty; 0 ranks by log-probability alone. 0.6 with 4 beams: Vaswani et al. 2017, §6.1.
         penalty: a key of LENGTH_PENALTIES.
-        early_stopping: a sentence stops with n_beams finished texts; False: when no live one can enter the n_best any more.
+        early_stopping: a sentence stops with n_beams finished texts; False: when no other can be among the n_best.
         min_new_tokens: no text ends before it has so many tokens besides its end.
         no_repeat_ngram: no text holds the same n tokens in a row twice (the prompt is not counted); 0: it may.
         forced: what every text begins with.
@@ -109,8 +88,8 @@ def beam_search(
         n_beams, max_new_tokens, ends, n_best, penalty, early_stopping, min_new_tokens, no_repeat_ngram,
         tuple(forced), tuple(forbidden),
     )  # fmt: skip
-    _check_numbers(rules, length_penalty)
-    _check_ids(rules, cast(int, model.cfg.vocab_size))
+    check_numbers(rules, length_penalty)
+    check_ids(rules, cast(int, model.cfg.vocab_size))
     return _search(model, params, prompt, n_slots, rules, jnp.asarray(length_penalty, jnp.float32), memory)
 
 
@@ -128,14 +107,13 @@ def _search(model, params, prompt, n_slots, rules, alpha, memory):
         x, cache = hidden_of(model, params, token, positions[:, None], state.cache, memory)
         return _grow(state._replace(cache=cache), logits_of(model, params, x[:, 0]), rules, penalise)
 
-    cache = init_cache(model.cfg, prompt.tokens.shape[0], n_slots)
+    n_slots = min(n_slots, prompt.tokens.shape[1] + new - 1)  # the last token is never written
+    cache = init_cache(model.cfg, prompt.tokens.shape[0], -(-n_slots // CHUNK) * CHUNK)
     logits, cache = prefill(model, params, prompt, cache, memory)
     logits, cache = jax.tree.map(lambda leaf: jnp.repeat(leaf, n, axis=0), (logits, cache))
     first = _grow(_start(cache, prompt.tokens.shape[0], rules), logits, rules, penalise)
     last = jax.lax.while_loop(lambda state: (state.step < new) & ~state.done.all(), step, first)
-    scores = jnp.where(last.done[:, None], -jnp.inf, penalise(last.log_probs, new))
-    return _best(last.finished, Beams(last.tokens, jnp.full_like(last.finished.lengths, new), scores, last.log_probs),
-                 rules.n_best)  # fmt: skip
+    return jax.tree.map(lambda leaf: leaf[:, : rules.n_best], last.finished)
 
 
 def _start(cache: Cache, B: int, rules: Rules) -> State:
@@ -147,11 +125,14 @@ def _start(cache: Cache, B: int, rules: Rules) -> State:
 
 
 def _grow(state: State, logits: Float[Array, "R V"], rules: Rules, penalise) -> State:
-    """Every hypothesis by one token: the best that end are finished, the best others live on with their caches."""
+    """Every hypothesis by one token: the best that end are finished, the best others live on with their caches.
+
+    At max_new_tokens all end.
+    """
     n, n_tokens = rules.n_beams, state.step + 1
     log_probs, parents, new = _candidates(state, logits, rules)
     tokens = _pick(state.tokens, parents).at[:, :, state.step].set(new)
-    ends = _among(new, rules.ends)
+    ends = among(new, rules.ends) | (n_tokens == rules.max_new_tokens)
 
     scores = jnp.where(ends & ~state.done[:, None], penalise(log_probs, n_tokens), -jnp.inf)
     ended = Beams(tokens, jnp.full_like(parents, n_tokens), scores, log_probs)
@@ -160,7 +141,7 @@ def _grow(state: State, logits: Float[Array, "R V"], rules: Rules, penalise) -> 
     log_probs, index = jax.lax.top_k(jnp.where(ends, -jnp.inf, log_probs), n)
     tokens, parents = _pick((tokens, parents), index)
     rows = (jnp.arange(len(parents))[:, None] * n + parents).reshape(-1)
-    cache = jax.tree.map(lambda leaf: leaf[rows], state.cache)
+    cache = _reorder(state.cache, rows)
 
     # A log-probability only falls, so that none can come to more than the present one under the larger penalty.
     most = jnp.maximum(penalise(log_probs[:, 0], n_tokens), penalise(log_probs[:, 0], rules.max_new_tokens))
@@ -169,10 +150,24 @@ def _grow(state: State, logits: Float[Array, "R V"], rules: Rules, penalise) -> 
     return State(n_tokens, cache, tokens, log_probs, finished, done)
 
 
+CHUNK = 16  # slots moved at a time: on CPU 8 and 16 were the fastest of 8 … 128 (benchmarks/beam.py)
+
+
+def _reorder(cache: Cache, rows: Int[Array, " R"]) -> Cache:
+    """The cache with each row's past taken from rows[row]: of its slots, those that hold something, in place."""
+    n_chunks = -(-jnp.minimum(cache.next_positions().max(), cache.positions.shape[1]) // CHUNK)
+
+    def move(i: Array, leaf: Array) -> Array:
+        part = jax.lax.dynamic_slice_in_dim(leaf, i * CHUNK, CHUNK, axis=1)[rows]
+        return jax.lax.dynamic_update_slice_in_dim(leaf, part, i * CHUNK, axis=1)
+
+    return jax.lax.fori_loop(0, n_chunks, lambda i, cache: jax.tree.map(functools.partial(move, i), cache), cache)
+
+
 def _candidates(state: State, logits: Float[Array, "R V"], rules: Rules) -> tuple[Array, Array, Array]:
     """Of the best one-token continuations, best first: log-probability, parent and token, each (B, n).
 
-    Of one beam its n_beams + len(ends) best suffice, ranked by logits, so that one beam is the argmax whatever the rounding.
+    Of one beam its n_beams + len(ends) best suffice; ranked by logits, so that one beam is the argmax exactly.
     """
     B, n, new = state.tokens.shape
     total = jax.nn.logsumexp(logits, axis=-1)
@@ -196,61 +191,3 @@ def _best(one: Beams, other: Beams, n: int) -> Beams:
 
 def _pick(tree, index: Int[Array, "B n"]):
     return jax.tree.map(lambda leaf: jax.vmap(lambda row, i: row[i])(leaf, index), tree)
-
-
-def _among(ids: Int[Array, "*b"], some: tuple[int, ...]) -> Bool[Array, "*b"]:
-    return (ids[..., None] == jnp.asarray(some, jnp.int32)).any(axis=-1)
-
-
-def _repeats(step, tokens: Int[Array, "R new"], V: int, rules: Rules) -> Bool[Array, "R V"]:
-    """The ids that would end an n-gram which the text already holds."""
-    n, (R, new) = rules.no_repeat_ngram, tokens.shape
-    starts = jnp.arange(max(new - n + 1, 0))  # of n-grams
-    begun = jax.lax.dynamic_slice_in_dim(tokens, step - n + 1, min(n - 1, new), axis=1)
-    same = jnp.broadcast_to(starts + n <= step, (R, len(starts)))
-    for i in range(n - 1):
-        same &= tokens[:, starts + i] == begun[:, i, None]
-    return jnp.zeros((R, V), bool).at[jnp.arange(R)[:, None], tokens[:, starts + n - 1]].max(same)
-
-
-RULES = {  # of each that is set: which ids may not come next, (R or 1, V)
-    "min_new_tokens": lambda step, _, V, rules: _among(jnp.arange(V), rules.ends) & (step < rules.min_new_tokens),
-    "no_repeat_ngram": _repeats,
-    "forced": lambda step, _, V, rules: (
-        (jnp.arange(V) != jnp.asarray(rules.forced)[jnp.minimum(step, len(rules.forced) - 1)])
-        & (step < len(rules.forced))
-    ),
-    "forbidden": lambda step, _, V, rules: _among(jnp.arange(V), rules.forbidden),
-}
-
-
-def _check_numbers(rules: Rules, length_penalty: Number) -> None:
-    n, new, least, keys = rules.n_beams, rules.max_new_tokens, rules.min_new_tokens, ", ".join(LENGTH_PENALTIES)
-    require(n >= 1, f"n_beams={n} must be at least 1, which is greedy")
-    require(
-        1 <= rules.n_best <= n, f"n_best={rules.n_best} must be from 1 to n_beams={n}; ask for fewer or search wider"
-    )
-    require(rules.penalty in LENGTH_PENALTIES, f"penalty={rules.penalty!r} is not one of {keys}")
-    finite = isinstance(length_penalty, Tracer) or (np.ndim(length_penalty) == 0 and np.isfinite(length_penalty))
-    require(finite, f"length_penalty={length_penalty} must be one finite number; 0 is none")
-    require(0 <= least < new, f"min_new_tokens={least} must be from 0 to below max_new_tokens={new}; one is the end")
-    require(rules.no_repeat_ngram >= 0, f"no_repeat_ngram={rules.no_repeat_ngram} must be at least 0; 0 leaves it out")
-
-
-def _check_ids(rules: Rules, V: int) -> None:
-    ends, forced, forbidden, n = rules.ends, rules.forced, rules.forbidden, rules.no_repeat_ngram
-    require(ends, "eos_id=() must hold at least one id; give the one that ends a text")
-    for name, ids in (("eos_id", ends), ("forced", forced), ("forbidden", forbidden)):
-        bad = next((i for i in ids if not 0 <= i < V), None)
-        require(bad is None, f"{name} holds id {bad}; the vocabulary is 0 … {V - 1}")
-    for name, ids, other, others, remedy in (
-        ("forced", forced, "eos_id", ends, "nothing follows an end; leave it out"),
-        ("forbidden", forbidden, "eos_id", ends, "a text must be able to end; leave it out"),
-        ("forced", forced, "forbidden", forbidden, "take it out of one"),
-    ):
-        both = next((i for i in ids if i in others), None)
-        require(both is None, f"{name} holds id {both}, which {other} holds too: {remedy}")
-    room = rules.max_new_tokens
-    require(len(forced) <= room, f"forced holds {len(forced)} ids, max_new_tokens={room}; force fewer or raise it")
-    grams = [forced[i : i + n] for i in range(len(forced) - n + 1)] if n else []
-    require(len(grams) == len({*grams}), f"forced={forced} repeats {n} tokens, no_repeat_ngram={n}; change one")

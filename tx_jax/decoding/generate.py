@@ -78,10 +78,15 @@ def prefill(
     prompt: Prompt,
     cache: Cache,
     memory: Cache | None = None,
+    prefix_lm: bool = False,
 ) -> tuple[Float[Array, "B V"], Cache]:
-    """The logits after each row's last real token, and the cache filled with the prompt. One pass."""
-    x, cache = hidden_of(model, params, prompt.tokens, prompt.positions, cache, memory)
+    """The logits after each row's last real token, and the cache filled with the prompt. One pass.
+
+    With prefix_lm the prompt's tokens all see each other, as a model learns it by the objective of that name.
+    """
     last = prompt.positions.argmax(axis=1)
+    more = {"prefix": last + 1} if prefix_lm else {}
+    x, cache = hidden_of(model, params, prompt.tokens, prompt.positions, cache, memory, **more)
     return logits_of(model, params, jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]), cache
 
 
@@ -134,6 +139,7 @@ def generate(
     key: PRNGKeyArray | None = None,
     eos_id: int | tuple[int, ...] | None = None,
     memory: Cache | None = None,
+    prefix_lm: bool = False,
 ) -> Generation:
     """Up to `max_new_tokens` tokens after each prompt.
 
@@ -142,6 +148,7 @@ def generate(
         sampler: greedy by default; otherwise `key` is needed.
         eos_id: the token that ends a row, or several that do.
         memory: an EncoderDecoder's `encode(source)`.
+        prefix_lm: the prompt's tokens see each other, for a DecoderLM that was trained so.
 
     >>> from tx_jax import ModelConfig, build, init_params
     >>> model = build(ModelConfig(vocab_size=7, d_model=8, n_heads=2, n_layers=1))
@@ -157,13 +164,14 @@ def generate(
     for end in eos_id if isinstance(eos_id, tuple) else (eos_id,):
         require(not isinstance(end, int) or 0 <= end < V, f"eos_id={end} must be from 0 to {V - 1}")
     ends = (jnp.asarray(eos_id, jnp.int32) if eos_id else None) if isinstance(eos_id, tuple) else eos_id
-    return _generate(model, params, prompt, max_new_tokens, n_slots, sampler, key, ends, memory)
+    require(not prefix_lm or memory is None, "prefix_lm=True is for a decoder-only model; an encoder reads both ways")
+    return _generate(model, params, prompt, max_new_tokens, n_slots, sampler, key, ends, memory, prefix_lm)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3, 4))
-def _generate(model, params, prompt, max_new_tokens, n_slots, sampler, key, eos_id, memory):
+@functools.partial(jax.jit, static_argnums=(0, 3, 4, 9))
+def _generate(model, params, prompt, max_new_tokens, n_slots, sampler, key, eos_id, memory, prefix_lm):
     cache = init_cache(model.cfg, prompt.tokens.shape[0], n_slots)
-    logits, cache = prefill(model, params, prompt, cache, memory)
+    logits, cache = prefill(model, params, prompt, cache, memory, prefix_lm)
     return decode(model, params, logits, cache, max_new_tokens, sampler, key, eos_id, memory)
 
 
@@ -177,15 +185,16 @@ def stream(
     sampler: Sampler = Sampler(),
     key: PRNGKeyArray | None = None,
     memory: Cache | None = None,
+    prefix_lm: bool = False,
 ) -> Iterator[np.ndarray]:
     """The tokens of `generate`, (B,) at a time, each as soon as it is there. Arguments and errors are its own."""
     prompt, n_slots = prepare(model, tokens, positions, max_new_tokens, sampler, key, memory)
     cache = init_cache(model.cfg, prompt.tokens.shape[0], n_slots)
-    logits, cache = fill(model, params, prompt, cache, memory)
+    logits, cache = fill(model, params, prompt, cache, memory, prefix_lm)
     return (token for token, _ in steps(model, params, logits, cache, max_new_tokens, sampler, key, memory))
 
 
-fill = functools.partial(jax.jit, static_argnums=0, donate_argnums=3)(prefill)
+fill = functools.partial(jax.jit, static_argnums=(0, 5), donate_argnums=3)(prefill)
 
 
 def steps(
@@ -222,9 +231,9 @@ def _advance(model, params, token, cache, memory):
     return logits_of(model, params, x[:, 0]), cache
 
 
-def hidden_of(model, params, tokens, positions, cache, memory) -> Any:
+def hidden_of(model, params, tokens, positions, cache, memory, **more) -> Any:
     """The hidden vectors of new tokens, and the cache with them; memory None for a decoder-only model."""
-    source = {} if memory is None else {"memory": memory}
+    source = more if memory is None else more | {"memory": memory}
     return model.apply({"params": params}, tokens, positions, cache=cache, **source, method="hidden")
 
 
@@ -263,7 +272,7 @@ def prepare(model, tokens, positions, max_new_tokens, sampler, key, memory) -> t
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
     _check_positions(positions, (B, T))
-    width = min(-(-T // BUCKET) * BUCKET, cfg.max_len)
+    width = 1 if T == 1 else min(-(-T // BUCKET) * BUCKET, cfg.max_len)  # one token: as translations begin
     pad = ((0, 0), (0, width - T))
     prompt = Prompt(jnp.pad(tokens, pad).astype(jnp.int32), jnp.pad(positions, pad, constant_values=-1))
     n_slots = width + max_new_tokens

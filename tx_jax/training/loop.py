@@ -96,7 +96,7 @@ def _fit(cfg: RunConfig, stop: threading.Event) -> TrainState:
                         data = {"batches": task.batches.get_state(), "text_sha256": task.sha256}
                         save(step, launch.host_state(state.moving), data)
                         plot_metrics(run_dir)
-        if step == train.n_steps:
+        if step == train.n_steps and not report.tested:
             report.test(step, task.test(model, load_pretrained(run_dir).params))  # those that sample.py takes
         report.end(step, stopped=step < train.n_steps)
     return launch.host_state(state)
@@ -131,7 +131,7 @@ def resume(run_dir: Path, state: TrainState) -> tuple[TrainState, dict[str, Any]
     """
     frozen = checkpoint.restore_base(run_dir, state.frozen)
     moving, position = checkpoint.restore(run_dir, state.moving)
-    return TrainState(*moving, frozen=frozen), position
+    return TrainState(**moving._asdict(), frozen=frozen), position
 
 
 def due(step: int, every: int, end: int | None = None) -> bool:

@@ -35,7 +35,9 @@ class Report:
         )
         self.bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
         self.task = self.bar.add_task("compiling …", total=cfg.train.n_steps, completed=step)
-        self.metrics = _cut(self.run_dir / "metrics.jsonl", step).open("a", encoding="utf-8")
+        metrics = _cut(self.run_dir / "metrics.jsonl", step)
+        self.tested = metrics.exists() and '"test_' in metrics.read_text(encoding="utf-8")  # by a run before this one
+        self.metrics = metrics.open("a", encoding="utf-8")
         self.since, self.done = time.perf_counter(), step  # of the speed being measured
 
     def __enter__(self) -> "Report":

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -125,19 +126,19 @@ def go_on(cfg: RunConfig, tokenizer: Any, batch: Batch) -> Sample:
 
 def fill_in(cfg: RunConfig, tokenizer: Any, batch: Batch) -> Sample:
     """A masked text of the validation split, and what the model takes for it."""
-    tokens, hidden = batch.tokens[:1], batch.weights[0] > 0
+    tokens, hidden = jnp.asarray(batch.tokens[:1]), batch.weights[0] > 0
 
     def sample(model: Any, params: dict, key: jax.Array) -> str:
         logits, _ = model.apply({"params": params}, tokens)
-        guess = np.where(hidden, np.asarray(logits[0].argmax(-1)), tokens[0])
-        return f"{tokenizer.decode(tokens[0], special=True)}\n→ {tokenizer.decode(guess, special=True)}"
+        guess = np.where(hidden, np.asarray(logits[0].argmax(-1)), batch.tokens[0])
+        return f"{tokenizer.decode(batch.tokens[0], special=True)}\n→ {tokenizer.decode(guess, special=True)}"
 
     return sample
 
 
 def restore_spans(cfg: RunConfig, tokenizer: Any, batch: PairBatch) -> Sample:
     """A corrupted text of the validation split, and what the model says of its spans."""
-    source, start, T = batch.source[:1], batch.tokens[:1, :1], batch.tokens.shape[1]
+    source, start, T = jnp.asarray(batch.source[:1]), batch.tokens[:1, :1], batch.tokens.shape[1]
 
     def sample(model: Any, params: dict, key: jax.Array) -> str:
         memory = model.apply({"params": params}, source, method="encode")
