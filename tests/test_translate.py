@@ -90,7 +90,7 @@ def test_a_tokenizer_without_ends_is_refused(translator):
     model, params, _ = translator
     plain = SubwordTokenizer.train(" ".join(TEXTS), 280)
     with pytest.raises(
-        tx.InputError, match="^the tokenizer does not say what begins and ends a text; give start_id and"
+        tx.InputError, match=r"^the tokenizer does not say what begins and ends a text; give start_id and"
     ):
         tx.translate(model, params, plain, ["a"])
     assert len(tx.translate(model, params, plain, ["a"], start_id=0, end_ids=(1, 2), max_new_tokens=3)[0]) == 1

@@ -92,7 +92,7 @@ def translate(
             for ids, length, score in row:
                 shown = [int(t) for t in ids[:length] if t not in ends and t < tokenizer.vocab_size]
                 text = tokenizer.decode(shown, special=special)
-                found[i] += [Translation(text, float(score), sources[i], ids[:length])] * bool(length)
+                found[i] += [Translation(text, score, sources[i], ids[:length])] * bool(length)
     return found
 
 
@@ -109,7 +109,7 @@ def _draw(model, params, begin, sampler, keys, more) -> list[Rows]:
 
 def _rows(tokens, lengths, scores) -> list[Rows]:
     """For each text, its translations as (ids, length, score)."""
-    parts = zip(*map(np.asarray, (tokens, lengths, scores)), strict=True)
+    parts = zip(np.asarray(tokens), np.asarray(lengths).tolist(), np.asarray(scores).tolist(), strict=True)
     return [list(zip(*part, strict=True)) for part in parts]
 
 

@@ -383,3 +383,24 @@ def test_refused_arguments(change, text):
     arguments = {"tokens": np.array([[3, 1]]), "max_new_tokens": 2, "eos_id": EOS} | change
     with pytest.raises(InputError, match="^" + re.escape(text)):
         tx.beam_search.__wrapped__(*make("llama"), **arguments)
+
+
+@pytest.mark.parametrize("n_beams", [None, 3])
+def test_no_step_transposes_or_copies_the_memory(n_beams):
+    """In what XLA compiled, for keys of 67 tokens: the loop moves nothing so large that has an axis of 67."""
+    S, cfg = 67, replace(CONFIGS["vaswani"], n_heads=4, d_model=64, d_head=16)
+    model = tx.build(cfg)
+    params = tx.init_params(model, jax.random.key(0))
+    memory = model.apply({"params": params}, jnp.ones((5, S), int), method="encode")
+
+    def call(params, memory):
+        more = {"max_new_tokens": NEW, "memory": memory}
+        if n_beams is None:
+            return tx.generate(model, params, jnp.ones((5, 1), int), **more)
+        return tx.beam_search(model, params, jnp.ones((5, 1), int), eos_id=EOS, n_beams=n_beams, **more)
+
+    text = jax.jit(call).lower(params, memory).compile().as_text()
+    shapes = re.findall(r"= f32\[(\S+?)\]\S* (?:copy|transpose)\(.*while/body", text)
+    moved = [shape for shape in (tuple(map(int, shape.split(","))) for shape in shapes) if S in shape]
+    assert "while/body" in text
+    assert not [shape for shape in moved if np.prod(shape) >= memory.layers[0].k.size]

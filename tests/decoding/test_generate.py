@@ -201,3 +201,28 @@ def test_refused_without_memory_or_prompts():
         tx.pad_prompts([])
     with pytest.raises(InputError, match=r"^prompt 1 has no token; a model goes on from at least one$"):
         tx.pad_prompts([[1], []])
+
+
+def test_a_prefix_is_read_from_both_sides():
+    """Greedy is an argmax loop over whole forwards in which the prompt's tokens, and no others, see each other."""
+    model, params, _ = make("llama")
+    rows = [list(prompt) for prompt in PROMPTS]
+    for _ in range(NEW):
+        for row, prompt in zip(rows, PROMPTS, strict=True):
+            tokens, prefix = jnp.array([row]), jnp.array([len(prompt)])
+            logits, _ = model.apply({"params": params}, tokens, prefix=prefix)
+            row.append(int(logits[0, -1].argmax()))
+    expected = np.array([row[-NEW:] for row in rows])
+    np.testing.assert_array_equal(generate("llama", prefix_lm=True).tokens, expected)
+    assert (expected != greedy("llama")).any()
+    streamed = tx.stream(model, params, *tx.pad_prompts(PROMPTS), max_new_tokens=NEW, prefix_lm=True)
+    np.testing.assert_array_equal(np.stack(list(streamed), 1), expected)
+    with pytest.raises(InputError, match=r"^prefix_lm=True is for a decoder-only model; an encoder reads both ways"):
+        generate("vaswani", prefix_lm=True)
+
+
+def test_a_prompt_may_be_a_constant_of_your_own_jit():
+    model, params, _ = make("llama")
+    tokens = jnp.array([PROMPTS[0]])
+    got = jax.jit(lambda params: tx.generate(model, params, tokens, max_new_tokens=NEW).tokens)(params)
+    np.testing.assert_array_equal(got[0], greedy("llama")[0])

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from tx_jax.cache import Cache, init_cache
+from tx_jax.cache import Cache, from_reading_order, init_cache, to_reading_order
 from tx_jax.decoding.beam_rules import LENGTH_PENALTIES, RULES, Rules, among, check_ids, check_numbers
 from tx_jax.decoding.generate import LanguageModel, hidden_of, logits_of, prefill, prepare
 from tx_jax.decoding.samplers import Number, Sampler
@@ -100,11 +100,13 @@ def _search(model, params, prompt, n_slots, rules, alpha, memory):
     def penalise(log_probs, n_tokens):
         return log_probs / LENGTH_PENALTIES[rules.penalty](jnp.asarray(n_tokens, jnp.float32), alpha)
 
+    laid = to_reading_order(memory)
+
     def step(state: State) -> State:
         token = jax.lax.dynamic_index_in_dim(state.tokens, state.step - 1, axis=2).reshape(-1, 1)
         stopped = jnp.repeat(state.done, n)  # a sentence that has stopped writes nothing more
         positions = jnp.where(stopped, -1, state.cache.next_positions())
-        x, cache = hidden_of(model, params, token, positions[:, None], state.cache, memory)
+        x, cache = hidden_of(model, params, token, positions[:, None], state.cache, from_reading_order(laid))
         return _grow(state._replace(cache=cache), logits_of(model, params, x[:, 0]), rules, penalise)
 
     n_slots = min(n_slots, prompt.tokens.shape[1] + new - 1)  # the last token is never written

@@ -14,7 +14,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from tx_jax.cache import Cache, init_cache
+from tx_jax.cache import Cache, from_reading_order, init_cache, to_reading_order
 from tx_jax.decoding.samplers import Sampler, check_sampler, sample
 from tx_jax.errors import require
 from tx_jax.models import DecoderLM, EncoderDecoder
@@ -67,7 +67,8 @@ def check_tokens(tokens: Array | np.ndarray, vocab_size: int, name: str = "token
     require(jnp.issubdtype(tokens.dtype, jnp.integer), f"{name}.dtype={tokens.dtype} must be an integer")
     require(tokens.size, f"{name}.shape={tokens.shape} holds no token; give at least one a row")
     if not isinstance(tokens, Tracer):
-        low, high = int(tokens.min()), int(tokens.max())
+        values = np.asarray(tokens)  # of an array of jax, inside a jit that closes over it, .min() could not be seen
+        low, high = int(values.min()), int(values.max())
         bad = low if low < 0 else high
         require(low >= 0 and high < vocab_size, f"{name} holds id {bad}; the vocabulary is 0 … {vocab_size - 1}")
 
@@ -112,10 +113,12 @@ def decode(
         token = jnp.where(done, ends[0], token)
         return token, done | (token[:, None] == ends).any(axis=1)
 
+    laid = to_reading_order(memory)
+
     def step(carry: tuple) -> tuple:
         i, token, cache, done, tokens, lengths = carry
         positions = jnp.where(done, -1, cache.next_positions())  # a row that has ended writes nothing more
-        x, cache = hidden_of(model, params, token[:, None], positions[:, None], cache, memory)
+        x, cache = hidden_of(model, params, token[:, None], positions[:, None], cache, from_reading_order(laid))
         lengths += ~done
         token, done = choose(i, logits_of(model, params, x[:, 0]), done)
         return i + 1, token, cache, done, tokens.at[:, i].set(token), lengths
@@ -213,11 +216,15 @@ def steps(
     Args:
         with_room: what gives a cache the slot that the next token needs.
     """
+    laid = _lay(memory)
     for i in range(max_new_tokens):
         token = _choose(logits, sampler, key, i)
         yield np.asarray(token), cache
         if i + 1 < max_new_tokens:  # else the cache that was given last would be gone
-            logits, cache = _advance(model, params, token, with_room(cache), memory)
+            logits, cache = _advance(model, params, token, with_room(cache), laid)
+
+
+_lay = jax.jit(to_reading_order)
 
 
 @jax.jit
@@ -226,8 +233,8 @@ def _choose(logits, sampler, key, i):
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
-def _advance(model, params, token, cache, memory):
-    x, cache = hidden_of(model, params, token[:, None], None, cache, memory)
+def _advance(model, params, token, cache, laid):
+    x, cache = hidden_of(model, params, token[:, None], None, cache, from_reading_order(laid))
     return logits_of(model, params, x[:, 0]), cache
 
 
