@@ -6,11 +6,12 @@ Text goes to standard output, speeds to standard error.
 
 import dataclasses
 import itertools
+import math
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated, Any, cast
 
 import jax
 import numpy as np
@@ -26,7 +27,7 @@ from tx_jax.data.subwords import Subwords
 from tx_jax.decoding.generate import prepare
 from tx_jax.decoding.samplers import check_sampler
 from tx_jax.errors import InputError, require
-from tx_jax.inspect import plot_translation
+from tx_jax.inspect import check_picture, plot_translation
 from tx_jax.writing import Writer, complete, converse, messages, say, show, tokens_of
 
 
@@ -61,6 +62,9 @@ class Args:
     def __post_init__(self) -> None:
         n, heat, new = self.num_samples, self.temperature, self.max_new_tokens
         require(n >= 1, f"num_samples={n} must be at least 1; leave it out for one")
+        for flag in OF_SOURCES if self.source is None else ():
+            given = getattr(self, flag) != getattr(type(self), flag)
+            require(not given, f"--{flag.replace('_', '-')} is for a --source; give one, or leave it out")
         streams = "--interactive" * self.interactive or "--stream" * self.stream
         require(n == 1 or not streams, f"num_samples={n} cannot be streamed; leave out {streams}, or ask for one")
         rule = f"n_beams={self.n_beams} must be at least 1, which is greedy, and n_best={self.n_best} at least 1"
@@ -73,7 +77,12 @@ class Args:
         )
 
 
-OTHERS = {"encoder_decoder": "give it a --source TEXT", "encoder": "see tx.encode_text for what it is for"}
+OTHERS = {
+    "decoder": "give it a --prompt TEXT",
+    "encoder_decoder": "give it a --source TEXT",
+    "encoder": "it writes nothing; tx.encode_text is what it is for",
+}
+OF_SOURCES = ("n_beams", "n_best", "length_penalty", "truncate", "show_attention")  # flags
 DEFAULT_TEMPERATURE = {False: 0.8, True: 0.0}  # of a text that goes on, and of an answer: greedy, as in transformers
 
 
@@ -118,7 +127,7 @@ def prepare_writer(args: Args, path: Path, cfg: tx.ModelConfig, special_ids: dic
     fast = "float32" if jax.default_backend() == "cpu" else "bfloat16"  # bfloat16 is slow on a CPU
     model = tx.build(dataclasses.replace(cfg, dtype=cfg.dtype if run and fast == "bfloat16" else fast))
     if not isinstance(model, tx.DecoderLM):
-        raise InputError(f"model={args.model!r} is an {cfg.stack}, which does not write on; {OTHERS[cfg.stack]}")
+        raise InputError(f"model={args.model!r} is no decoder but of kind {cfg.stack}; {OTHERS[cfg.stack]}")
     if tokenizer is None:
         raise InputError(f"model={args.model!r} has no tokenizer; put its tokenizer.json beside the weights")
     chats = isinstance(tokenizer, Subwords) and tokenizer.chat_template is not None and not args.raw
@@ -159,43 +168,62 @@ def read_prompt(prompt: str, flag: str = "prompt") -> str:
 
 
 def translate_lines(args: Args, path: Path, opened: Source) -> None:
-    """Print the translation of each line of --source, in their order; an empty line stays empty."""
-    cfg, tokenizer, said = opened.cfg, open_tokenizer(path), opened.special_ids
-    for flag in ("prompt", "interactive", "stream", "system"):
-        require(not getattr(args, flag), f"--{flag} is for a text that goes on, not for --source; leave one out")
-    require(args.num_samples == 1, f"num_samples={args.num_samples} is not for --source; give --n-best")
-    if cfg.stack != "encoder_decoder":
-        raise InputError(f"model={args.model!r} is a {cfg.stack}, which does not translate; give it a --prompt")
-    if not isinstance(tokenizer, Subwords):
-        raise InputError(f"model={args.model!r} has no tokenizer; put its tokenizer.json beside the weights")
-    fast = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    model = cast(tx.EncoderDecoder, tx.build(dataclasses.replace(cfg, dtype=fast)))
-    drawn = args.temperature or any(rule is not None for rule in (args.top_k, args.top_p, args.min_p))
-    sampler = tx.Sampler(args.temperature or 1.0, args.top_k, args.top_p, args.min_p) if drawn else None
-    params = opened.load(None if is_run(path) else fast, None)
-    start_id, ends = said.get("decoder_start_token_id", tokenizer.bos_id), end_ids(said, tokenizer)
-    start, count = time.perf_counter(), 0
+    """Print the translation of each line of --source, in their order; an empty line stays empty.
+
+    Several of a line come with its number and their scores, if they have any.
+    """
+    model, tokenizer, how = prepare_translator(args, path, opened)
+    params = opened.load(None if is_run(path) else model.cfg.dtype, None)
+    start, count, drawn = time.perf_counter(), 0, args.show_attention is None
     for first, lines in read_lines(cast(str, args.source)):
         full = {number: line for number, line in enumerate(lines, first) if line.strip()}
-        told = iter(
-            tx.translate(
-                model, params, tokenizer, [*full.values()], numbers=[*full],
-                n_beams=1 if args.temperature == 0 else max(args.n_beams, args.n_best), n_best=args.n_best,
-                length_penalty=args.length_penalty, sampler=sampler,
-                key=jax.random.fold_in(jax.random.key(args.seed), first), max_new_tokens=args.max_new_tokens,
-                truncate=args.truncate, special="<extra_id_0>" in tokenizer.special_tokens,
-                start_id=start_id, end_ids=ends,
-            )
-        )  # fmt: skip
-        for line in lines:
-            found = next(told) if line.strip() else []
-            print("\n".join(best.text if args.n_best == 1 else f"{best.score:.4f}\t{best.text}" for best in found))
-            if args.show_attention is not None and found:
-                plot_translation(model, params, tokenizer, found[0], start_id, args.show_attention)
-                return
+        key = jax.random.fold_in(jax.random.key(args.seed), first)
+        told = tx.translate(model, params, tokenizer, [*full.values()], numbers=[*full], key=key, **how)
+        found = dict(zip(full, told, strict=True))
+        for number in range(first, first + len(lines)):
+            for best in found.get(number, []):
+                text = " ".join(best.text.splitlines())  # a line for each
+                score = "" if math.isnan(best.score) else f"{best.score:.4f}\t"
+                print(text if args.n_best == 1 else f"{number}\t{score}{text}")
+            if number not in found:
+                print()
+        if not drawn and told:
+            plot_translation(model, params, tokenizer, told[0][0], how["start_id"], cast(str, args.show_attention))
+            drawn = True
         sys.stdout.flush()
         count += len(full)
-    say(f"{count} lines in {time.perf_counter() - start:.1f} s, with compilation")
+    say(f"{count} translated in {time.perf_counter() - start:.1f} s, with compilation")
+
+
+def prepare_translator(args: Args, path: Path, opened: Source) -> tuple[tx.EncoderDecoder, Subwords, dict[str, Any]]:
+    """The model without its parameters, its tokenizer, and how they translate: arguments of tx.translate."""
+    cfg, tokenizer, said, name = opened.cfg, open_tokenizer(path), opened.special_ids, f"model={args.model!r}"
+    for flag in ("prompt", "interactive", "stream", "system", "raw"):
+        require(not getattr(args, flag), f"--{flag} is for a text that goes on, not for --source; leave one out")
+    require(args.num_samples == 1, f"num_samples={args.num_samples} is not for --source; give --n-best")
+    require(args.n_best == 1 or args.temperature != 0, f"temperature=0 gives one translation, not n_best={args.n_best}")
+    if args.show_attention is not None:
+        check_picture(args.show_attention)
+    if cfg.stack != "encoder_decoder":
+        raise InputError(f"{name} is no encoder_decoder but of kind {cfg.stack}; {OTHERS[cfg.stack]}")
+    if not isinstance(tokenizer, Subwords):
+        raise InputError(f"{name} has no tokenizer; put its tokenizer.json beside the weights")
+    rules = {"top_k": args.top_k, "top_p": args.top_p, "min_p": args.min_p}
+    draws = bool(args.temperature) or any(rule is not None for rule in rules.values())
+    heat = 1.0 if args.temperature is None else args.temperature
+    start = said.get("decoder_start_token_id", tokenizer.bos_id)
+    forced, pad = said.get("forced_bos_token_id"), said.get("pad_token_id")
+    ends = end_ids(said, tokenizer)
+    how = {
+        "n_beams": 1 if args.temperature == 0 else args.n_beams, "n_best": args.n_best,
+        "length_penalty": args.length_penalty, "sampler": tx.Sampler(heat or None, **rules) if draws else None,
+        "max_new_tokens": args.max_new_tokens, "truncate": args.truncate,
+        "special": "<extra_id_0>" in tokenizer.special_tokens,
+        "start_id": start if forced is None else (start, forced), "end_ids": ends,
+        "forbidden": () if pad is None or pad in ends else (pad,),
+    }  # fmt: skip
+    fast = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return cast(tx.EncoderDecoder, tx.build(dataclasses.replace(cfg, dtype=fast))), tokenizer, how
 
 
 CHUNK = 1024  # lines of a stream that are read before any is translated, so that like lengths go together
@@ -204,14 +232,16 @@ CHUNK = 1024  # lines of a stream that are read before any is translated, so tha
 def read_lines(source: str) -> Iterator[tuple[int, list[str]]]:
     """The lines that --source stands for, CHUNK at a time, one by one from a terminal; and the first one's number."""
     if source != "-":
-        yield 1, read_prompt(source, "source").removesuffix("\n").split("\n")
+        lines = read_prompt(source, "source").removeprefix("\ufeff").removesuffix("\n").split("\n")
+        yield 1, [line.removesuffix("\r") for line in lines]
         return
     first, n = 1, 1 if sys.stdin.isatty() else CHUNK
     while lines := list(itertools.islice(sys.stdin.buffer, n)):
         for number, line in enumerate(lines, first):
             rule = f"line {number} of standard input is not UTF-8"
             require(line.decode("utf-8", "ignore").encode() == line, f"{rule}; convert it, such as by iconv")
-        yield first, [line.decode("utf-8").rstrip("\r\n") for line in lines]
+        texts = [line.decode("utf-8").rstrip("\r\n") for line in lines]
+        yield first, [text.removeprefix("\ufeff") if number == 1 else text for number, text in enumerate(texts, first)]
         first += len(lines)
 
 

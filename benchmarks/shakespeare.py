@@ -23,7 +23,7 @@ from tx_jax.command_line import keep_memory
 from tx_jax.data.batches import split, train_batches, valid_batches
 from tx_jax.data.corpora import load_text
 from tx_jax.data.tokenizers import CharTokenizer
-from tx_jax.presets import nanogpt_shakespeare
+from tx_jax.run_presets import nanogpt_shakespeare
 
 
 @dataclasses.dataclass

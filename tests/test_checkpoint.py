@@ -317,3 +317,29 @@ def test_parameters_are_the_mean_of_the_last_checkpoints(tmp_path):
         got = restore_params(tmp_path, abstract, step, n_averaged=n)
         np.testing.assert_allclose(got["w"], mean(*steps), rtol=1e-6)
         assert got["b"]["c"].dtype == jnp.bfloat16
+
+
+def test_a_checkpoint_of_before_there_was_a_mean(tmp_path):
+    """As 0.1 wrote it: the rest of the state is a NamedTuple without that field."""
+    from orbax.checkpoint import v1 as ocp
+
+    class Moving(NamedTuple):
+        step: Any
+        params: Any
+        opt_state: Any
+        key: Any
+
+    class MovingNow(NamedTuple):
+        step: Any
+        params: Any
+        opt_state: Any
+        key: Any
+        ema: Any = ()
+
+    state = make_state(4)
+    path = str(tmp_path / "checkpoints" / "4")
+    parts = {"params": state.params, "state": Moving(*state)._replace(params=())}
+    ocp.save_checkpointables(path, parts, custom_metadata={"data": DATA})
+    found, data = restore(tmp_path, MovingNow(*make_state()))
+    assert_same(found, MovingNow(*state))
+    assert data == DATA

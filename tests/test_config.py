@@ -15,7 +15,8 @@ from tx_jax import config as checked
 from tx_jax import run_config as checked_runs
 from tx_jax.config_json import from_json, to_json
 from tx_jax.errors import InputError
-from tx_jax.presets import MODELS, RUNS
+from tx_jax.presets import MODELS
+from tx_jax.run_presets import RUNS
 
 
 # The modules once more, as a user has them: under pytest jaxtyping would refuse wrong types before our own rules do.
@@ -125,6 +126,19 @@ IMPOSSIBLE = [  # (class, fields, what the message says)
     (Optim, {"weight_decay": -0.1}, "weight_decay=-0.1 must not be negative"),
     (Optim, {"clip_norm": 0.0}, "clip_norm=0.0 must be positive, or None for no clipping"),
     (Optim, {"schedule": "noam", "warmup_steps": 0}, "schedule='noam' needs warmup_steps of at least 1"),
+    (Train, {"n_averaged": 3}, "n_averaged=3 exceeds keep=2, the checkpoints there are; raise --train.keep"),
+    (Train, {"n_averaged": 2, "ema_rate": 0.9}, "n_averaged=2 and ema_rate=0.9 are two means"),
+    (Data, {"objective": "translate", "corpus": "number_words", "test_fraction": 0.95}, "test_fraction=0.95 must be"),
+    (Data, {"objective": "translate"}, "corpus='tiny_shakespeare' is not for objective='translate'; give --data.path"),
+    (Data, {"corpus": "number_words"}, "corpus='number_words' is not for objective='next_token'"),
+    (Data, {"target_path": "b"}, "target_path='b' goes with objective='translate' and a path of sources; give both"),
+    (Run, {"data": Data(objective="masked_lm")}, "data.objective='masked_lm' trains model.stack='encoder', not 'dec"),
+    (Run, {"data": Data(bad_lines="skip")}, "data.bad_lines='skip' has no effect with data.objective='next_token'"),
+    (
+        Run,
+        {"data": Data(objective="masked_lm"), "train": Train(sample_prompt="a"), "model": Model(stack="encoder")},
+        "train.sample_prompt='a' has no effect with data.objective='masked_lm'; leave it out",
+    ),
     (Train, {"keep": 0}, "keep=0 must be at least 1, the newest checkpoint"),
     (Train, {"sample_tokens": 0}, "sample_tokens=0 must be at least 1; sample_every=0 stops samples"),
     (Mesh, {"data": 0}, "mesh.data=0 must be at least 1, or None"),

@@ -149,7 +149,7 @@ def test_cross_attention_is_the_softmax_over_the_source(change):
     model = tx.build(cfg)
     shapes = jax.eval_shape(lambda: tx.init_params(model, jax.random.key(0)))
     rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), shapes)
+    params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), jnp.float32), shapes)
     source, positions = tx.pad_prompts([[1, 2, 3, 4], [5, 6]])
     tokens = jnp.array([[7, 8, 9], [1, 2, 3]])
     weights = cross_attention(model, params, source, tokens, positions)
@@ -162,6 +162,7 @@ def test_cross_attention_is_the_softmax_over_the_source(change):
     v = jnp.repeat(memory.layers[0].v, 4 // cfg.K, axis=2)
     heads = jnp.einsum("BNTS,BSNH->BTNH", weights[0], v).reshape(2, 3, -1)
     out = heads @ params["decoder"]["blocks_0"]["cross_attention"]["out"]["kernel"].T
+    jax.clear_caches()  # blocks are traced once, whatever is then asked of them
     _, found = model.apply(
         {"params": params}, tokens, memory=memory, method="hidden", mutable=["intermediates"],
         capture_intermediates=lambda module, _: module.name == "out" and module.parent.name == "cross_attention",

@@ -7,8 +7,9 @@ import math
 import pytest
 
 import tx_jax as tx
-from tx_jax.presets import MODELS, RUNS
+from tx_jax.presets import MODELS
 from tx_jax.run_config import RunConfig
+from tx_jax.run_presets import RUNS
 
 # Sizes of the released checkpoints (safetensors metadata of their model pages), or as noted.
 PUBLISHED = {

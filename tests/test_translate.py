@@ -105,3 +105,24 @@ def test_scores_are_of_the_best_reference():
     assert worse["exact_match"] == 0.5
     assert 50 < worse["bleu"] < 100
     assert score_texts(["x", "y"], gold)["bleu"] < 5
+
+
+def test_what_cannot_be_translated_is_refused(translator):
+    model, params, tokenizer = translator
+    with pytest.raises(tx.InputError, match=r"^texts='a b' is one text; give a list of them$"):
+        tx.translate(model, params, tokenizer, "a b")
+    with pytest.raises(tx.InputError, match=r"^texts=\[\] have no score; give at least one$"):
+        score_texts([], [])
+
+
+def test_a_forced_beginning_and_forbidden_ids(translator):
+    model, params, tokenizer = translator
+    ((free,),) = tx.translate(model, params, tokenizer, ["a"], max_new_tokens=6)
+    ((other,),) = tx.translate(model, params, tokenizer, ["a"], max_new_tokens=6, forbidden=(int(free.ids[0]),))
+    assert free.ids[0] not in other.ids
+    ((after,),) = tx.translate(model, params, tokenizer, ["a"], max_new_tokens=5, start_id=(tokenizer.bos_id, 7))
+    source = jax.numpy.asarray(after.source_ids)[None]
+    memory = model.apply({"params": params}, source, method="encode")
+    prompt = np.array([[tokenizer.bos_id, 7]])
+    best = tx.beam_search(model, params, prompt, max_new_tokens=5, eos_id=tokenizer.eos_ids, memory=memory)
+    np.testing.assert_array_equal(after.ids, best.tokens[0, 0, : best.lengths[0, 0]])

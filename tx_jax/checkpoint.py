@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -30,8 +31,7 @@ BASE = "base"  # in a run directory: the parameters that adapters are beside, as
 UNFINISHED_CONFIG = "config.json.tmp"
 EARLIER = "remove it to go back to an earlier step"
 # Fields that may change when a run goes on: they do not enter the mathematics of a step.
-WRITING = ("log_every", "eval_every", "sample_every", "save_every", "keep", "sample_prompt", "sample_tokens")
-FREE = ("run_dir", "mesh.", *(f"train.{name}" for name in WRITING))
+FREE = re.compile(r"run_dir|mesh\..*|train\.(\w+_every|keep|n_averaged|n_scored|sample_\w+)")
 
 
 def write_config(run_dir: RunDir, cfg: RunConfig) -> None:
@@ -70,7 +70,7 @@ def claim_run_dir(run_dir: RunDir, cfg: RunConfig) -> None:
     if path.is_dir() and any(entry.name != UNFINISHED_CONFIG for entry in path.iterdir()):
         require((path / "config.json").exists(), f"run_dir='{run_dir}' holds files but no config.json; {another}")
         old, new = (_leaves(dataclasses.asdict(config), ".") for config in (read_config(run_dir), cfg))
-        names = [name for name in new if not name.startswith(FREE) and old[name] != new[name]]
+        names = [name for name in new if not FREE.fullmatch(name) and old[name] != new[name]]
         says = ", ".join(f"{name}={old[name]!r}, not {new[name]!r}" for name in names[:3])
         more = f", and {len(names) - 3} more" if len(names) > 3 else ""
         require(not names, f"run_dir='{run_dir}' holds a run with {says}{more}; {another}, or its values")
@@ -143,14 +143,15 @@ def restore(run_dir: RunDir, abstract_state: Any, step: int | None = None) -> tu
         InputError: there is no such checkpoint, it cannot be read, or a leaf differs in name, shape or dtype.
     """
     found, data = _load(step_dir(run_dir, step), _parts(abstract_state))
-    return found.pop("state")._replace(**found), data
+    return abstract_state._replace(**(found.pop("state") | found)), data
 
 
 def _parts(state: Any) -> dict[str, Any]:
     """A state as what is stored apart and can be read alone, if it is there, and the rest."""
     apart = {name: getattr(state, name, ()) for name in ("params", "ema")}
+    rest = {name: tree for name, tree in state._asdict().items() if name not in apart}
     apart = {name: tree for name, tree in apart.items() if jax.tree.leaves(tree)}
-    return apart | {"state": state._replace(**dict.fromkeys(apart, ()))}
+    return apart | {"state": rest | {"params": ()}}  # that it has no params is written, too
 
 
 def restore_params(

@@ -25,8 +25,8 @@ from tx_jax.config import OF_THE_RUN, ModelConfig
 from tx_jax.config_json import from_json
 from tx_jax.data.wheels import cache_dir
 from tx_jax.errors import InputError, require
-from tx_jax.presets import RUNS
 from tx_jax.run_config import RunConfig
+from tx_jax.run_presets import RUNS
 
 USAGE = """usage: python train.py PRESET|CONFIG.json [--run-dir DIR] [flags]
 

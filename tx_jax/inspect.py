@@ -84,21 +84,31 @@ def cross_attention(
     return jnp.stack([weights(i) for i in range(cfg.n_layers)]).swapaxes(2, 3)
 
 
+def check_picture(path: str | Path) -> None:
+    """Hold a picture to a name that can be drawn to, before anything is computed.
+
+    Raises:
+        InputError: matplotlib is not installed, path does not end with .png or .svg, or its directory does not exist.
+    """
+    package("matplotlib", "plots")
+    require(Path(path).suffix in (".png", ".svg"), f"{path} is not a picture's name; end it with .png or .svg")
+    folder = Path(path).absolute().parent
+    require(folder.is_dir(), f"{folder} does not exist, where {Path(path).name} is to be drawn; make it first")
+
+
 def plot_attention(weights: np.ndarray, source: Sequence[str], target: Sequence[str], path: str | Path) -> None:
     """Draw (L, T, S) weights of a sentence, one picture a layer, with the words of both on the axes.
 
     Raises:
-        InputError: matplotlib is not installed, or path's ending is no kind of picture.
+        InputError: as `check_picture`.
     """
-    package("matplotlib", "plots")
+    check_picture(path)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     L, T, S = weights.shape
     figure = Figure(figsize=(L * (0.32 * S + 0.6) + 1, 0.28 * T + 1.6), layout="constrained")
-    kinds = FigureCanvasAgg(figure).get_supported_filetypes()
-    rule = f"{path} is not a picture's name; end it with .png or .svg"
-    require(Path(path).suffix.removeprefix(".") in kinds, rule)
+    FigureCanvasAgg(figure)
     panels = figure.subplots(1, L, sharey=True, squeeze=False)[0]
     for layer, axes in enumerate(panels):
         axes.imshow(weights[layer], cmap="Blues", vmin=0, aspect="auto")
@@ -109,12 +119,19 @@ def plot_attention(weights: np.ndarray, source: Sequence[str], target: Sequence[
 
 
 def plot_translation(
-    model: EncoderDecoder, params: dict, tokenizer: Subwords, best: Translation, start_id: int, path: str | Path
+    model: EncoderDecoder,
+    params: dict,
+    tokenizer: Subwords,
+    best: Translation,
+    start_id: int | tuple[int, ...],
+    path: str | Path,
 ) -> None:
     """Draw what a translation attends to in its source, as the mean over heads. Raises as `plot_attention` does."""
     ids = best.ids
-    tokens = jnp.asarray([[start_id, *ids[:-1]]], jnp.int32)
-    weights = np.asarray(cross_attention(model, params, jnp.asarray(best.source_ids)[None], tokens))[:, 0].mean(axis=1)
+    start = start_id if isinstance(start_id, tuple) else (start_id,)
+    tokens = jnp.asarray([[*start, *ids[:-1]]], jnp.int32)
+    weights = np.asarray(cross_attention(model, params, jnp.asarray(best.source_ids)[None], tokens))
+    weights = weights[:, 0, :, len(start) - 1 :].mean(axis=1)
     source, target = ([tokenizer.decode([i], special=True).strip() for i in part] for part in (best.source_ids, ids))
     plot_attention(weights, source, target, path)
 

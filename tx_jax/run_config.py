@@ -14,6 +14,8 @@ Schedule = Literal["constant", "cosine", "noam", "wsd"]
 TokenizerKind = Literal["char", "byte", "bpe"]
 Corpus = Literal["tiny_shakespeare", "tatoeba_en_es", "number_words"]
 Objective = Literal["next_token", "prefix_lm", "masked_lm", "span_corruption", "translate"]
+OF_PAIRS = (("data", "bad_lines"), ("data", "test_fraction"), ("train", "n_scored"))  # what text has no use for
+OF_SAMPLES = (("train", "sample_prompt"), ("train", "sample_tokens"))  # and what does not go on from a prompt
 STACKS = {  # that an objective trains
     "next_token": "decoder",
     "prefix_lm": "decoder",
@@ -43,8 +45,9 @@ class DataConfig:
         check(self)
         f, test = self.valid_fraction, self.test_fraction
         require(0 < f < 1, f"valid_fraction={f} must be between 0 and 1; 0.1 holds out a tenth")
-        require(0 < test < 1 - f, f"test_fraction={test} must be between 0 and {1 - f:g}, what valid_fraction leaves")
         pairs = self.objective == "translate"
+        rule = f"test_fraction={test} must be between 0 and {1 - f:g}, what valid_fraction leaves"
+        require(0 < test < 1 - f or not pairs, rule)
         makes = self.corpus != "tiny_shakespeare"  # pairs
         rule = f"corpus={self.corpus!r} is not for objective={self.objective!r}; give --data.path, or another corpus"
         require(self.path is not None or pairs == makes, rule)
@@ -167,8 +170,14 @@ class RunConfig:
         rule = f"data.seq_len={long} exceeds model.max_len={room}"
         require(given or long <= room, f"{rule}; raise model.max_len or shorten it")
         require(given or not self.lora.rank, f"lora.rank={self.lora.rank} needs a model to adapt; give --init")
-        stack, needs = self.model.stack, STACKS[self.data.objective]
-        rule = f"data.objective={self.data.objective!r} trains model.stack={needs!r}, not {stack!r}"
+        objective = self.data.objective
+        goes_on, pairs = STACKS[objective] == "decoder", objective == "translate"
+        for part, name in (() if pairs else OF_PAIRS) + (() if goes_on else OF_SAMPLES):
+            value, default = (getattr(of, name) for of in (getattr(self, part), type(getattr(self, part))()))
+            rule = f"{part}.{name}={value!r} has no effect with data.objective={objective!r}; leave it out"
+            require(value == default, rule)
+        stack, needs = self.model.stack, STACKS[objective]
+        rule = f"data.objective={objective!r} trains model.stack={needs!r}, not {stack!r}"
         require(given or stack == needs, f"{rule}; change the one or the other")
         require(self.run_dir != "", "run_dir='' names no directory; use --run-dir runs/NAME")
         warm, total = self.optim.warmup_steps, self.train.n_steps

@@ -22,7 +22,7 @@ BUCKET = 16  # sources are padded to a multiple of this many tokens, so that few
 LONGER = 50  # tokens that a translation may have more than its source (Vaswani et al. 2017, §6.1)
 
 
-Rows = list[tuple[np.ndarray, int, float]]
+Rows = list[tuple[np.ndarray, int, float]]  # of one text: ids, their number, score
 
 
 class Translation(NamedTuple):
@@ -49,8 +49,9 @@ def translate(
     batch_size: int = 32,
     truncate: bool = False,
     special: bool = False,
-    start_id: int | None = None,
+    start_id: int | tuple[int, ...] | None = None,
     end_ids: tuple[int, ...] = (),
+    forbidden: tuple[int, ...] = (),
     numbers: Sequence[int] | None = None,
 ) -> list[list[Translation]]:
     """The n_best translations of each text, the best first.
@@ -58,32 +59,36 @@ def translate(
     Args:
         n_beams, length_penalty: of `beam_search`; 1 is greedy.
         sampler: draw n_best translations with `key` instead of searching.
-        max_new_tokens: of a translation; None: 50 more than its source has.
+        max_new_tokens: of a translation; None: 50 more than its source has, rounded up to a bucket.
         batch_size: texts at a time, at most. Like lengths go together.
         truncate: cut a source that is longer than model.cfg.max_len; otherwise it is refused.
         special: names of special tokens in a text are those tokens, such as T5's `<extra_id_0>`.
         start_id, end_ids: what begins and ends a translation; by default the tokenizer's own.
+        forbidden: ids that no translation has which was searched for, such as that of padding.
         numbers: by which errors name the texts, such as those of their lines; None: 1, 2, 3, …
 
     Raises:
-        InputError: a text is too long, there is nothing to begin or to end with, or as `beam_search` and `generate`.
+        InputError: a text is too long or has no token, there is nothing to begin or to end with, or as `beam_search`
+            and `generate`.
     """
+    require(isinstance(model, EncoderDecoder), f"model is a {type(model).__name__}; an EncoderDecoder translates")
+    require(not isinstance(texts, str), f"texts={texts!r:.40} is one text; give a list of them")
     start, ends = tokenizer.bos_id if start_id is None else start_id, end_ids or tokenizer.eos_ids
     if start is None or not ends:
         raise InputError("the tokenizer does not say what begins and ends a text; give start_id and end_ids")
     require(batch_size >= 1, f"batch_size={batch_size} must be at least 1 text")
     sources = [tokenizer.encode(text, special=special, add_special_tokens=True) for text in texts]
     named = zip(numbers or range(1, len(texts) + 1), sources, strict=True)
-    sources = [_fit(ids, number, model.cfg.max_len, truncate) for number, ids in named]
+    sources = [_fit(ids, number, model.cfg.max_len, truncate, tokenizer.eos_ids) for number, ids in named]
     found: list[list[Translation]] = [[] for _ in texts]
     for number, members in enumerate(_batches([len(ids) for ids in sources], batch_size)):
         source = _padded([sources[i] for i in members], batch_size, model.cfg.max_len)
         room = min(source.tokens.shape[1] + LONGER, model.cfg.max_len - 1)
         more = {"max_new_tokens": room if max_new_tokens is None else max_new_tokens, "eos_id": ends}
         more["memory"] = _encode(model, params, source)
-        begin = jnp.full((len(source.tokens), 1), start, jnp.int32)
+        begin = jnp.tile(jnp.asarray(start, jnp.int32).reshape(1, -1), (len(source.tokens), 1))
         if sampler is None:
-            how = {"n_beams": n_beams, "n_best": n_best, "length_penalty": length_penalty}
+            how = {"n_beams": n_beams, "n_best": n_best, "length_penalty": length_penalty, "forbidden": forbidden}
             rows = _search(model, params, begin, **how, **more)
         else:
             keys = [None if key is None else jax.random.fold_in(key, number * n_best + i) for i in range(n_best)]
@@ -108,17 +113,18 @@ def _draw(model, params, begin, sampler, keys, more) -> list[Rows]:
 
 
 def _rows(tokens, lengths, scores) -> list[Rows]:
-    """For each text, its translations as (ids, length, score)."""
     parts = zip(np.asarray(tokens), np.asarray(lengths).tolist(), np.asarray(scores).tolist(), strict=True)
     return [list(zip(*part, strict=True)) for part in parts]
 
 
-def _fit(ids: np.ndarray, number: int, max_len: int, truncate: bool) -> np.ndarray:
-    """The ids of a source, cut to max_len with their last one, the end, if that is asked for."""
+def _fit(ids: np.ndarray, number: int, max_len: int, truncate: bool, ends: tuple[int, ...]) -> np.ndarray:
+    """The ids of a source, cut to max_len, its end apart, if that is asked for."""
     rule = f"text {number} has {len(ids)} tokens, more than the model's max_len={max_len}"
     require(len(ids), f"text {number} is empty; give at least one character")
     require(len(ids) <= max_len or truncate, f"{rule}; shorten it, or cut it by truncate=True (--truncate)")
-    return ids if len(ids) <= max_len else np.append(ids[: max_len - 1], ids[-1])
+    if len(ids) <= max_len:
+        return ids
+    return np.append(ids[: max_len - 1], ids[-1]) if ids[-1] in ends else ids[:max_len]
 
 
 def _batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
@@ -134,8 +140,7 @@ def _padded(rows: list[np.ndarray], batch_size: int, max_len: int) -> Prompt:
     n_rows = min(1 << (len(rows) - 1).bit_length(), batch_size)
     width = min(-(-max(map(len, rows)) // BUCKET) * BUCKET, max_len)
     full = [ids.tolist() for ids in rows] + [rows[-1].tolist()] * (n_rows - len(rows))
-    source = pad_prompts([*full, [0] * width])  # the last gives all their width
-    return Prompt(source.tokens[:-1], source.positions[:-1])
+    return pad_prompts(full, width)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -152,6 +157,7 @@ def score_texts(texts: Sequence[str], references: Sequence[Sequence[str]]) -> di
         InputError: sacrebleu is not installed.
     """
     sacrebleu = package("sacrebleu", "translate")
+    require(len(texts), "texts=[] have no score; give at least one")
     most = max(map(len, references))
     streams = [[one[i] if i < len(one) else None for one in references] for i in range(most)]
     exact = sum(text in one for text, one in zip(texts, references, strict=True)) / len(texts)

@@ -66,7 +66,9 @@ def complete(writer: Writer, echo: str, tokens: np.ndarray) -> None:
             print(f"--- sample {i + 1}")
         print(echo + writer.tokenizer.decode([i for i in row[:length] if i < writer.tokenizer.vocab_size]))
     say(f"prefill {tokens.size} tokens", tokens.size, filling)
-    say(f"decode {lengths.sum()} tokens", lengths.sum() - len(rows), decoding)  # each row's first came from the prefill
+    say(
+        f"decode {lengths.sum()} tokens", int(lengths.sum()) - len(rows), decoding
+    )  # each row's first came from the prefill
 
 
 def tokens_of(writer: Writer, ids: np.ndarray) -> Iterator[int]:
@@ -106,7 +108,7 @@ def converse(writer: Writer, system: str | None) -> None:
     def answer(ids: np.ndarray) -> Iterator[int]:
         nonlocal held
         logits, held = session.read(model, params, held, ids)
-        more = {"max_new_tokens": writer.room(len(ids)), "sampler": writer.sampler, "key": writer.key}
+        more = {"max_new_tokens": writer.room(len(ids)), "sampler": writer.sampler}
         key = jax.random.fold_in(writer.key, len(said))
         for token, now in session.write(model, params, logits, held, key=key, **more):
             held = now

@@ -167,7 +167,7 @@ def test_beam_search_finds_what_transformers_finds(name, loaded):
     memory = apply(model, found.params, TOKENS, POSITIONS, method="encode")
     got = tx.beam_search(
         model, found.params, jnp.zeros((2, 1), int), max_new_tokens=8, eos_id=ENDS, memory=memory,
-        n_beams=3, n_best=3, length_penalty=1.0, penalty="plain",
+        n_beams=3, n_best=3, length_penalty=1.0, penalty="plain", early_stopping=True,
     )  # fmt: skip
     rows = out.sequences.numpy()[:, 1:].reshape(2, 3, -1)
     for theirs, ours, length in zip(rows.reshape(6, -1), got.tokens.reshape(6, 8), got.lengths.ravel(), strict=True):

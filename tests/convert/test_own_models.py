@@ -13,7 +13,7 @@ import pytest
 import tx_jax as tx
 from tx_jax.convert.pretrained import find_family
 from tx_jax.errors import InputError
-from tx_jax.presets import gpt_shakespeare, nanogpt_shakespeare
+from tx_jax.run_presets import gpt_shakespeare, nanogpt_shakespeare
 
 SIZES = {"vocab_size": 65, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_len": 64}
 SHAKESPEARE = dataclasses.replace(gpt_shakespeare("cpu").model, **SIZES, window=5)

@@ -102,7 +102,9 @@ def test_a_cache_that_cannot_be_written_and_an_unknown_corpus(shelf, tmp_path):
     (tmp_path / "cache").write_text("a file, not a directory")
     with pytest.raises(InputError, match=r"^cannot write .*tiny.txt \(File exists\); set TX_JAX_CACHE to a directory"):
         load_text(None, "tiny")
-    with pytest.raises(InputError, match=r"^corpus='tinny' is not one of tiny_shakespeare, wikitext2_test, tiny$"):
+    with pytest.raises(
+        InputError, match=r"^corpus='tinny' is not one of tiny_shakespeare, wikitext2_test, tatoeba_en_es, tiny$"
+    ):
         load_text(None, "tinny")
 
 

@@ -227,7 +227,6 @@ def test_a_prefix_sees_itself_and_no_query_sees_its_target(name):
 
 TEN = np.arange(11)[None]
 ERRORS = [
-    ("next token", TEN[:, :1], {}, "windows of 1 ids have T=0, but T must be at least 1; raise --data.seq-len"),
     ("prefix", TEN[:, :2], {}, "windows of 2 ids have T=1, but T must be at least 2; raise --data.seq-len"),
     ("mask", TEN[:, :1], {}, "windows of 1 ids have T=0, but T must be at least 1; raise --data.seq-len"),
     ("mask", TEN, {"rate": 0.0}, "rate=0.0 must be between 0 and 1; BERT's is 0.15"),

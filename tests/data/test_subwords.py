@@ -204,7 +204,7 @@ def test_ranks_with_a_wrong_pattern_or_special_token_are_refused():
 
 
 def test_ends_that_are_no_ids_are_refused(kinds):
-    with pytest.raises(InputError, match=r"^id 999 cannot begin or end a text; the ids .* are 0 to 311$"):
+    with pytest.raises(InputError, match=r"^id 999 cannot begin or end a text; the ids .* are 0 to 316$"):
         SubwordTokenizer(kinds["trained"].json, bos_id=999)
     with pytest.raises(InputError, match=r"^id -1 cannot begin or end a text"):
         SubwordTokenizer(kinds["trained"].json, eos_ids=(0, -1))

@@ -110,7 +110,7 @@ def allowed(text, token, ends, min_new_tokens=0, no_repeat_ngram=0, forced=(), f
     )
 
 
-def reference(log_probs, alpha, n_beams=4, n_best=1, eos_id=EOS, penalty="gnmt", early_stopping=True, **rules):
+def reference(log_probs, alpha, n_beams=4, n_best=1, eos_id=EOS, penalty="gnmt", early_stopping=False, **rules):
     """Beam search in plain Python: (score, log-probability, text), the best first. It never stops by a bound."""
     ends = eos_id if isinstance(eos_id, tuple) else (eos_id,)
     live, finished = [(0.0, ())], []
@@ -126,7 +126,7 @@ def reference(log_probs, alpha, n_beams=4, n_best=1, eos_id=EOS, penalty="gnmt",
             for total, text in candidates[:n_beams] if text[-1] in ends or step == NEW
         ]  # fmt: skip
         live = [(total, text) for total, text in candidates if text[-1] not in ends][:n_beams]
-        if early_stopping and len(finished) >= n_beams:
+        if (early_stopping or n_beams == 1) and len(finished) >= n_beams:
             return sorted(finished, reverse=True)[:n_best]
         if not live:
             break
@@ -180,11 +180,11 @@ CASES = [  # (model, options)
     *itertools.product(["llama", "vaswani"], [{"n_best": 2, "early_stopping": early} for early in (True, False)]),
     ("mistral", {"penalty": "plain", "n_best": 3, "no_repeat_ngram": 20}),  # longer than any text
     ("mistral", {"early_stopping": False, "penalty": "plain", "eos_id": (7, EOS, 0), "n_best": 3}),
-    ("vaswani", {"min_new_tokens": 5, "n_best": 3}),
+    ("vaswani", {"min_new_tokens": 5, "n_best": 3, "early_stopping": True}),
     ("vaswani", {"no_repeat_ngram": 2, "n_best": 3, "early_stopping": False}),
     ("llama", {"no_repeat_ngram": 1, "n_best": 3, "early_stopping": False}),
-    ("llama", {"forced": (3, 5), "n_best": 3}),
-    ("vaswani", {"forbidden": (1, 4, 10), "n_best": 3, "eos_id": (EOS, 6)}),
+    ("llama", {"forced": (3, 5), "n_best": 3, "early_stopping": True}),
+    ("vaswani", {"forbidden": (1, 4, 10), "n_best": 3, "eos_id": (EOS, 6), "early_stopping": True}),
     ("vaswani", {"no_repeat_ngram": 3, "forced": (4,), "forbidden": (1,), "min_new_tokens": 4, "n_best": 3}),
     ("llama", {"forbidden": (0, 1, 3, 4, 6, 7, 8, 9, 10), "no_repeat_ngram": 2, "n_best": 3}),  # few texts exist
 ]  # fmt: skip
@@ -404,3 +404,26 @@ def test_no_step_transposes_or_copies_the_memory(n_beams):
     moved = [shape for shape in (tuple(map(int, shape.split(","))) for shape in shapes) if S in shape]
     assert "while/body" in text
     assert not [shape for shape in moved if np.prod(shape) >= memory.layers[0].k.size]
+
+
+class Sure(tx.DecoderLM):
+    """As much of a model as a search asks for: 0.97 of each step is one token, which depends on its place alone."""
+
+    def apply(self, params, x, positions=None, *, cache=None, method):
+        V, text = self.cfg.vocab_size, jnp.asarray(SURE, jnp.float32)
+        if method == "logits":
+            return jnp.log(0.03 / V + 0.97 * jax.nn.one_hot(x[..., 0].astype(int), V))
+        last = jnp.maximum(cache.positions, positions.max(axis=1, keepdims=True))
+        return text[jnp.clip(positions, 0, len(SURE) - 1)][..., None], cache._replace(positions=last)
+
+
+SURE = [3, 4, 5, 3, 4, 5, EOS]
+
+
+def test_where_a_model_is_sure_early_stopping_stops_too_early():
+    """The end is among the four likeliest of each step, so that four bad texts have soon finished."""
+    model = Sure(ModelConfig(vocab_size=6, d_model=8, n_heads=1, n_layers=1))
+    more = {"max_new_tokens": 12, "eos_id": EOS}
+    found = [tx.beam_search(model, {}, jnp.ones((1, 1), int), early_stopping=early, **more) for early in (True, False)]
+    assert found[1].tokens[0, 0, : found[1].lengths[0, 0]].tolist() == SURE
+    assert found[0].lengths[0, 0] < len(SURE)

@@ -217,8 +217,10 @@ def test_a_prefix_is_read_from_both_sides():
     assert (expected != greedy("llama")).any()
     streamed = tx.stream(model, params, *tx.pad_prompts(PROMPTS), max_new_tokens=NEW, prefix_lm=True)
     np.testing.assert_array_equal(np.stack(list(streamed), 1), expected)
-    with pytest.raises(InputError, match=r"^prefix_lm=True is for a decoder-only model; an encoder reads both ways"):
+    with pytest.raises(InputError, match=r"^prefix_lm=True is for a decoder-only model that sees all, without"):
         generate("vaswani", prefix_lm=True)
+    with pytest.raises(InputError, match=r"^prefix_lm=True is for a decoder-only model that sees all, without"):
+        generate("mistral", prefix_lm=True)
 
 
 def test_a_prompt_may_be_a_constant_of_your_own_jit():

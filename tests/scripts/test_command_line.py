@@ -10,8 +10,8 @@ import pytest
 
 from tx_jax.command_line import one_line_errors, parse_run
 from tx_jax.config import ModelConfig
-from tx_jax.presets import RUNS
 from tx_jax.run_config import OptimConfig
+from tx_jax.run_presets import RUNS
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,7 +30,7 @@ TRAIN = {  # flags after those of the small run: what the message says, value an
     "--mesh.data 0": "mesh.data=0 must be at least 1, or None",
     "--model.vocab-size 3": "model.vocab_size=3 is not the tokenizer's 15; leave it out",
     "--model.n-heads 3": "d_model=16 must be a multiple of n_heads=3; use 1, 2, 4, 8, 16 heads, or set d_head",
-    "--model.stack encoder": "model.stack='encoder' is not a language model; train with --model.stack decoder",
+    "--model.stack encoder": "data.objective='next_token' trains model.stack='decoder', not 'encoder'; change",
     "--train.seed 4294967296": "seed=4294967296 must be from 0 to 2³² − 1",
     "--train.sample-prompt €": "character '€' at index 0 is not among the 15 of this tokenizer; leave it out, or train",
     "--train.sample-prompt=": "train.sample_prompt has 0 tokens; it must have 1 to 63, less than model.max_len",

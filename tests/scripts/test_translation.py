@@ -120,11 +120,13 @@ def test_a_line_a_file_and_standard_input(spelled, translate, child, tmp_path):
     process = child("sample.py", spelled, "--source", "-")
     out, err = process.communicate(path.read_text(), timeout=100)
     assert (process.returncode, out.split("\n")[:-1]) == (0, told)
-    assert err.startswith("4 lines in ")
+    assert err.startswith("4 translated in ")
+    path.write_bytes("\ufeff".encode() + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert translate("--source", f"@{path}") == told
 
 
 def test_n_best_are_told_with_their_scores(translate):
-    rows = [row.split("\t") for row in translate("--source", "abc", "--n-best", "3")]
+    rows = [row.split("\t")[1:] for row in translate("--source", "abc", "--n-best", "3")]
     assert len(rows) == 3
     scores = [float(score) for score, _ in rows]
     assert scores == sorted(scores, reverse=True)
@@ -135,6 +137,7 @@ def test_n_best_are_told_with_their_scores(translate):
 def test_drawn_translations_are_the_seeds(translate):
     drawn = [translate("--source", "abcdef", "--temperature", "3", "--seed", str(seed)) for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
+    assert "nan" not in "".join(translate("--source", "abc", "--temperature", "3", "--n-best", "2"))
     greedy = translate("--source", "abcdef", "--temperature", "0")
     assert translate("--source", "abcdef", "--n-beams", "1") == greedy
     assert translate("--source", "abcdef", "--top-k", "1") == greedy
@@ -142,7 +145,8 @@ def test_drawn_translations_are_the_seeds(translate):
 
 def test_what_a_translation_attends_to_is_drawn(translate, tmp_path):
     path = tmp_path / "attention.svg"
-    assert len(translate("--source", "abc", "--show-attention", str(path))) == 1
+    (tmp_path / "lines").write_text("\nabc\nfed\n")
+    assert len(translate("--source", f"@{tmp_path / 'lines'}", "--show-attention", str(path))) == 3
     assert path.read_text().startswith("<?xml")
 
 
@@ -163,8 +167,15 @@ ERRORS = {
     "--source abc --n-best 0": "n_beams=4 must be at least 1, which is greedy, and n_best=0 at least 1",
     "--source abc --n-beams 0": "n_beams=0 must be at least 1, which is greedy, and n_best=1 at least 1",
     "--source @none": "source='@none' cannot be read (No such file or directory); name a file after the @",
+    "--source abc --show-attention none/x.png": "does not exist, where x.png is to be drawn; make it first",
+    "--source abc --raw": "--raw is for a text that goes on, not for --source; leave one out",
+    "--source abc --n-best 5": "n_best=5 must be from 1 to n_beams=4; ask for fewer or search wider",
+    "--source abc --temperature 0 --n-best 2": "temperature=0 gives one translation, not n_best=2",
+    "--source abc --temperature 0 --top-k 3": "top_k without a temperature above 0 would be ignored; set one",
+    "--n-best 2": "--n-best is for a --source; give one, or leave it out",
+    "--prompt abc --show-attention x.png": "--show-attention is for a --source; give one, or leave it out",
     "--source abc --show-attention x.none": "x.none is not a picture's name; end it with .png or .svg",
-    "--prompt abc": "is an encoder_decoder, which does not write on; give it a --source TEXT",
+    "--prompt abc": "is no decoder but of kind encoder_decoder; give it a --source TEXT",
 }
 
 
@@ -183,7 +194,7 @@ def test_a_stream_that_is_not_utf8_names_its_line(spelled, child):
 
 def test_a_decoder_does_not_translate(run, sample, capsys):
     err = refused(lambda: sample([str(run), "--source", "the cat"]), capsys)
-    assert "is a decoder, which does not translate; give it a --prompt" in err
+    assert "is no encoder_decoder but of kind decoder; give it a --prompt TEXT" in err
 
 
 def test_pairs_that_are_too_long_are_refused_or_left_out(train, command, pairs, tmp_path, capsys):
@@ -200,21 +211,21 @@ def test_pairs_that_are_too_long_are_refused_or_left_out(train, command, pairs, 
 
 def test_other_pairs_do_not_go_on(train, command, pairs, spelled, tmp_path, capsys):
     path = tmp_path / "other.tsv"
-    path.write_text(pairs.read_text().replace("a", "b"))
+    path.write_text("".join(sorted(pairs.read_text().splitlines(keepends=True))))  # of which the same tokens are learnt
     again = tmp_path / "again"
     shutil.copytree(spelled, again)
     config = json.loads((again / "config.json").read_text())
     config["data"]["path"] = str(path)
     (again / "config.json").write_text(json.dumps(config))
     err = refused(lambda: train([str(again / "config.json"), "--run-dir", str(again)]), capsys)
-    assert "holds a run with another tokenizer" in err or "began with a text of SHA-256" in err
+    assert "began with a text of SHA-256" in err
 
 
 @pytest.mark.parametrize("preset", ["span-corruption", "masked-lm", "prefix-lm"])
 def test_other_objectives_train_and_show_what_they_learnt(preset, train, text, tmp_path, capsys):
     small = """--model.n-layers 1 --model.d-model 32 --model.n-heads 2 --data.vocab-size 300 --data.seq-len 32
         --data.batch-size 8 --optim.warmup-steps 5 --optim.peak-lr 1e-2 --train.n-steps 60 --train.log-every 20
-        --train.eval-every 30 --train.sample-every 60 --train.save-every 30 --train.sample-tokens 9"""
+        --train.eval-every 30 --train.sample-every 60 --train.save-every 30"""
     command = [preset, *small.split(), "--data.path", str(text), "--run-dir"]
     train([*command, str(tmp_path / "run")])
     losses = [row["valid_loss"] for row in records(tmp_path / "run") if "valid_loss" in row]
@@ -226,3 +237,26 @@ def test_other_objectives_train_and_show_what_they_learnt(preset, train, text, t
     shutil.rmtree(again / "checkpoints" / "60")
     train([*command, str(again)])
     assert records(again)[-1] == records(tmp_path / "run")[-1]
+
+
+OTHER_ERRORS = {
+    "prefix-lm --model.window 8": "model.window=8 hides a prefix; leave it out with data.objective='prefix_lm'",
+    "span-corruption --data.seq-len 8 --model.max-len 8": "data.seq_len=8 gives corrupted texts of 9 tokens, more than",
+    "masked-lm --data.tokenizer char": "tokenizer='char' has no special tokens such as <mask>, which the objective",
+    "prefix-lm --data.objective masked_lm": "data.objective='masked_lm' trains model.stack='encoder', not 'decoder'",
+}
+
+
+@pytest.mark.parametrize("flags", OTHER_ERRORS)
+def test_errors_of_objectives(flags, train, text, tmp_path, capsys):
+    command = [*flags.split(), "--data.path", str(text), "--data.vocab-size", "300", "--run-dir", str(tmp_path / "run")]
+    assert OTHER_ERRORS[flags] in refused(lambda: train(command), capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_pairs_do_not_begin_with_another_model(train, command, run, tmp_path, capsys):
+    own = [*command, "--init", str(run), "--run-dir", str(tmp_path / "run")]
+    err = refused(lambda: train(own), capsys)
+    assert "cannot begin a run with data.objective='translate', which has tokens of its own; leave it out" in err or (
+        "cannot be chosen with --init" in err
+    )

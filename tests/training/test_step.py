@@ -192,8 +192,8 @@ def test_an_encoder_decoder_learns_to_reverse():
 
 @pytest.mark.parametrize("name", ["one device", "pmap", "data 2 × fsdp 2 × tensor 2"])
 def test_a_mean_of_the_parameters_is_kept_beside_them(name):
-    _, step, state = make(axis_name=AXIS if name == "pmap" else None, ema=0.2)
-    state = state._replace(ema=jax.tree.map(jnp.copy, state.params))  # another buffer: both are given up
+    _, step, state = make(axis_name=AXIS if name == "pmap" else None, ema_rate=0.2)
+    state = state._replace(ema=jax.tree.map(jnp.copy, state.params))  # as init_state(…, ema=True) has it
     launcher = LAUNCHERS[name](step, state)
     expected = np.asarray(state.params["embed"]["table"])
     state = launcher.put_state(state)

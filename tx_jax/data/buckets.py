@@ -85,6 +85,8 @@ def train_pair_batches(
 ) -> "grain.IterDataset":
     """Endless batches: each pair once an epoch, in an order that the seed and the epoch give. Resumes exactly.
 
+    The last batch of a bucket in an epoch may have few pairs; the rest of its rows is padding.
+
     Args: as `make_buckets`; start_id is what the decoder reads first.
     """
     import grain  # here, because `import tx_jax` should be quick

@@ -41,8 +41,8 @@ def mask_tokens(
 ) -> Batch:
     """The first T tokens with some to be guessed, which are the targets that count: most of them masked.
 
-    In each row round(rate · T) positions are chosen, at least one. Of these, 80 % become mask_id, 10 % another id, each
-    as likely, and 10 % stay.
+    In each row round(rate · T) positions are chosen, at least one. Of these, 80 % become mask_id, 10 % any other id,
+    their own included, each as likely, and 10 % stay.
 
     Args:
         mask_id: what stands for a hidden token.

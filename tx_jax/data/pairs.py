@@ -82,12 +82,12 @@ def report_faults(name: str, faults: Sequence[Fault], n_lines: int, bad_lines: s
     print(f"{says}; left out", file=sys.stderr)
 
 
-def _lines(path: str) -> list[bytes]:
+def _lines(path: str, name: str = "path") -> list[bytes]:
     """The lines of a file, split at newlines alone: other separators may stand inside a sentence."""
     try:
         content = Path(os.path.expanduser(path)).read_bytes()
     except OSError as error:
-        raise InputError(f"path={path!r} cannot be read ({error.strerror}); give a file of lines") from error
+        raise InputError(f"{name}={path!r} cannot be read ({error.strerror}); give a file of lines") from error
     content = content.removeprefix(b"\xef\xbb\xbf")  # a mark that Windows writes before UTF-8
     return [line.removesuffix(b"\r") for line in content.removesuffix(b"\n").split(b"\n")] if content else []
 
@@ -107,13 +107,15 @@ def _table(path: str) -> Iterator[tuple[str, str] | str]:
     require(n_columns > 1, f"{rule} in a file of their own by --data.target-path")
     for line in lines:
         text = _text(line)
-        columns = [] if text is None else text.split("\t")
-        many = f"has {len(columns)} column{'s' * (len(columns) != 1)}, not the {n_columns} of the first line"
-        yield "is not UTF-8" if text is None else many if len(columns) != n_columns else (columns[0], columns[1])
+        columns = (text or "").split("\t")
+        fault = "is not UTF-8" if text is None else "is empty" if not text else None
+        if fault is None and len(columns) != n_columns:
+            fault = f"has {len(columns)} column{'s' * (len(columns) > 1)}, not the {n_columns} of the first line"
+        yield (columns[0], columns[1]) if fault is None else fault
 
 
 def _aligned(path: str, target_path: str) -> Iterator[tuple[str, str] | str]:
-    sources, targets = _lines(path), _lines(target_path)
+    sources, targets = _lines(path), _lines(target_path, "target_path")
     rule = f"path={path!r} has {len(sources):,} lines and target_path={target_path!r} has {len(targets):,}"
     require(len(sources) == len(targets), f"{rule}; line n of the one must be the translation of line n of the other")
     for both in zip(sources, targets, strict=True):
@@ -162,10 +164,17 @@ def by_source(pairs: Pairs) -> tuple[list[str], list[list[str]]]:
 
 
 def number_words(n: int = 40_000) -> Pairs:
-    """Numbers in digits and in English words: all below a thousand, and n others below a million."""
-    words = package("num2words", "translate").num2words
-    others = np.random.default_rng(0).choice(np.arange(1000, 1_000_000), n, replace=False)
-    numbers = [*range(1000), *others.tolist()]
+    """Numbers below a million in digits and in English words, drawn at random.
+
+    Half are as likely as any other; of the other half each number of digits is, so that short ones are there, some of
+    them often.
+    """
+    words, rng = package("num2words", "translate").num2words, np.random.default_rng(0)
+    short = 10 ** rng.integers(1, 7, n - n // 2)
+    numbers = [
+        *rng.integers(1_000_000, size=n // 2).tolist(),
+        *rng.integers(short // 10 * (short > 10), short).tolist(),
+    ]
     return Pairs([str(i) for i in numbers], [words(i) for i in numbers], list(range(1, len(numbers) + 1)))
 
 

@@ -64,13 +64,16 @@ class SubwordTokenizer:
         check_ends(self.vocab_size, (self.bos_id, *self.eos_ids))
 
     @classmethod
-    def train(cls, text: str, vocab_size: int, special_tokens: Sequence[str] = ()) -> "SubwordTokenizer":
+    def train(
+        cls, text: str, vocab_size: int, special_tokens: Sequence[str] = (), *, split_digits: bool = False
+    ) -> "SubwordTokenizer":
         """Byte-level BPE learnt from the text, in GPT-2's manner: the 256 bytes, and a merge for each further id.
 
-        Digits stay apart, so that a number is read by its places. A text too short for as many merges gives fewer ids.
+        A text too short for as many merges gives fewer ids.
 
         Args:
             special_tokens: names of the first ids, which no text has. `<s>` begins a text, `</s>` ends one.
+            split_digits: no token holds two digits, so that a number is read by its places.
 
         Raises:
             InputError: vocab_size is below 256 and the special tokens, or the text holds a lone surrogate.
@@ -82,8 +85,10 @@ class SubwordTokenizer:
         library = package("tokenizers", "hf")
         tokenizer = library.Tokenizer(library.models.BPE())
         pieces = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
-        digits = library.pre_tokenizers.Digits(individual_digits=True)
-        tokenizer.pre_tokenizer = library.pre_tokenizers.Sequence([digits, pieces])
+        tokenizer.pre_tokenizer = pieces
+        if split_digits:
+            digits = library.pre_tokenizers.Digits(individual_digits=True)
+            tokenizer.pre_tokenizer = library.pre_tokenizers.Sequence([digits, pieces])
         tokenizer.decoder = library.decoders.ByteLevel()
         trainer = library.trainers.BpeTrainer(
             vocab_size=vocab_size,

@@ -9,7 +9,9 @@ from tx_jax.errors import require
 TRAINED = {  # (text, vocab_size, special_tokens) → tokenizer; only bpe has a choice of size, and special tokens
     "char": lambda text, vocab_size, special_tokens: CharTokenizer.train(text),
     "byte": lambda text, vocab_size, special_tokens: ByteTokenizer.train(text),
-    "bpe": SubwordTokenizer.train,
+    "bpe": lambda text, vocab_size, special_tokens: SubwordTokenizer.train(
+        text, vocab_size, special_tokens, split_digits=bool(special_tokens)
+    ),
 }
 
 
@@ -20,7 +22,7 @@ def train_tokenizer(
 
     Args:
         vocab_size: ids of bpe, at most.
-        special_tokens: names of ids that no text has.
+        special_tokens: names of ids that no text has. With some, digits stay apart.
 
     Raises:
         InputError: the text or the size will not do, the package tokenizers is missing for bpe, or special tokens are

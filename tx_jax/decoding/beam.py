@@ -46,13 +46,13 @@ def beam_search(
     positions: Int[Array, "B T"] | np.ndarray | None = None,
     *,
     max_new_tokens: int,
-    eos_id: int | tuple[int, ...],
+    eos_id: int | Sequence[int],
     memory: Cache | None = None,
     n_beams: int = 4,
     n_best: int = 1,
     length_penalty: Number = 0.6,
     penalty: str = "gnmt",
-    early_stopping: bool = True,
+    early_stopping: bool = False,
     min_new_tokens: int = 0,
     no_repeat_ngram: int = 0,
     forced: Sequence[int] = (),
@@ -67,7 +67,8 @@ def beam_search(
         tokens, positions, eos_id, memory: as of `generate`; memory holds one row a prompt.
         length_penalty: α of the penalty; 0 ranks by log-probability alone. 0.6 with 4 beams: Vaswani et al. 2017, §6.1.
         penalty: a key of LENGTH_PENALTIES.
-        early_stopping: a sentence stops with n_beams finished texts; False: when no other can be among the n_best.
+        early_stopping: a sentence stops with n_beams finished texts, which where the model is sure are soon found among
+            the unlikely; False: when no other can be among the n_best. One beam stops with its first text in any case.
         min_new_tokens: no text ends before it has so many tokens besides its end.
         no_repeat_ngram: no text holds the same n tokens in a row twice (the prompt is not counted); 0: it may.
         forced: what every text begins with.
@@ -83,7 +84,7 @@ def beam_search(
         InputError: what `generate` refuses of a prompt, or a number, an id or a penalty's name out of its bounds.
     """
     prompt, n_slots = prepare(model, tokens, positions, max_new_tokens, Sampler(), None, memory)
-    ends = eos_id if isinstance(eos_id, tuple) else (eos_id,)
+    ends = tuple(eos_id) if isinstance(eos_id, Sequence) else (eos_id,)
     rules = Rules(
         n_beams, max_new_tokens, ends, n_best, penalty, early_stopping, min_new_tokens, no_repeat_ngram,
         tuple(forced), tuple(forbidden),
@@ -148,7 +149,7 @@ def _grow(state: State, logits: Float[Array, "R V"], rules: Rules, penalise) -> 
     # A log-probability only falls, so that none can come to more than the present one under the larger penalty.
     most = jnp.maximum(penalise(log_probs[:, 0], n_tokens), penalise(log_probs[:, 0], rules.max_new_tokens))
     done = state.done | (finished.scores[:, rules.n_best - 1] >= most)
-    done |= rules.early_stopping & (finished.scores[:, -1] > -jnp.inf)
+    done |= (rules.early_stopping | (n == 1)) & (finished.scores[:, -1] > -jnp.inf)
     return State(n_tokens, cache, tokens, log_probs, finished, done)
 
 

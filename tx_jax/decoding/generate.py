@@ -38,8 +38,8 @@ class Generation(NamedTuple):
     cache: Cache  # of the prompt and all tokens but the last
 
 
-def pad_prompts(prompts: Sequence[Sequence[int]]) -> Prompt:
-    """Prompts of any lengths as one batch.
+def pad_prompts(prompts: Sequence[Sequence[int]], width: int | None = None) -> Prompt:
+    """Prompts of any lengths as one batch, `width` tokens wide (None: as the longest).
 
     >>> pad_prompts([[5, 6], [7]]).positions.tolist()
     [[0, 1], [0, -1]]
@@ -50,7 +50,7 @@ def pad_prompts(prompts: Sequence[Sequence[int]]) -> Prompt:
     lengths = [len(prompt) for prompt in prompts]
     require(lengths, "prompts=[]: give at least one prompt")
     require(min(lengths), f"prompt {lengths.index(min(lengths))} has no token; a model goes on from at least one")
-    width = max(lengths)
+    width = max(lengths) if width is None else max(width, *lengths)
     rows = [list(prompt) + [0] * (width - len(prompt)) for prompt in prompts]
     index = np.arange(width)
     positions = np.where(index < np.array(lengths)[:, None], index, -1)
@@ -67,7 +67,7 @@ def check_tokens(tokens: Array | np.ndarray, vocab_size: int, name: str = "token
     require(jnp.issubdtype(tokens.dtype, jnp.integer), f"{name}.dtype={tokens.dtype} must be an integer")
     require(tokens.size, f"{name}.shape={tokens.shape} holds no token; give at least one a row")
     if not isinstance(tokens, Tracer):
-        values = np.asarray(tokens)  # of an array of jax, inside a jit that closes over it, .min() could not be seen
+        values = np.asarray(tokens)  # not tokens.min(), which inside a jit that closes over them is traced
         low, high = int(values.min()), int(values.max())
         bad = low if low < 0 else high
         require(low >= 0 and high < vocab_size, f"{name} holds id {bad}; the vocabulary is 0 … {vocab_size - 1}")
@@ -162,12 +162,11 @@ def generate(
         InputError: ids outside of the vocabulary, a prompt and max_new_tokens beyond model.cfg.max_len, positions
             that are not 0, 1, 2, … then −1, a sampler's number or eos_id out of bounds, or no key where one is needed.
     """
-    prompt, n_slots = prepare(model, tokens, positions, max_new_tokens, sampler, key, memory)
+    prompt, n_slots = prepare(model, tokens, positions, max_new_tokens, sampler, key, memory, prefix_lm)
     V = cast(int, model.cfg.vocab_size)
     for end in eos_id if isinstance(eos_id, tuple) else (eos_id,):
         require(not isinstance(end, int) or 0 <= end < V, f"eos_id={end} must be from 0 to {V - 1}")
     ends = (jnp.asarray(eos_id, jnp.int32) if eos_id else None) if isinstance(eos_id, tuple) else eos_id
-    require(not prefix_lm or memory is None, "prefix_lm=True is for a decoder-only model; an encoder reads both ways")
     return _generate(model, params, prompt, max_new_tokens, n_slots, sampler, key, ends, memory, prefix_lm)
 
 
@@ -191,7 +190,7 @@ def stream(
     prefix_lm: bool = False,
 ) -> Iterator[np.ndarray]:
     """The tokens of `generate`, (B,) at a time, each as soon as it is there. Arguments and errors are its own."""
-    prompt, n_slots = prepare(model, tokens, positions, max_new_tokens, sampler, key, memory)
+    prompt, n_slots = prepare(model, tokens, positions, max_new_tokens, sampler, key, memory, prefix_lm)
     cache = init_cache(model.cfg, prompt.tokens.shape[0], n_slots)
     logits, cache = fill(model, params, prompt, cache, memory, prefix_lm)
     return (token for token, _ in steps(model, params, logits, cache, max_new_tokens, sampler, key, memory))
@@ -249,19 +248,18 @@ def logits_of(model, params, x) -> Any:
     return model.apply({"params": params}, x, method="logits")
 
 
-def prepare(model, tokens, positions, max_new_tokens, sampler, key, memory) -> tuple[Prompt, int]:
+def prepare(model, tokens, positions, max_new_tokens, sampler, key, memory, prefix_lm=False) -> tuple[Prompt, int]:
     """The checked prompt, padded to its bucket, and how many cache slots it needs with what follows."""
     cfg = model.cfg
+    plain = memory is None and cfg.window is None
+    require(plain or not prefix_lm, "prefix_lm=True is for a decoder-only model that sees all, without a window")
     tokens = jnp.asarray(tokens) if isinstance(tokens, list) else tokens
     check_tokens(tokens, cfg.vocab_size)
     B, T = tokens.shape
     require(max_new_tokens >= 1, f"max_new_tokens={max_new_tokens} must be at least 1")
     room = cfg.max_len - T
-    remedy = (
-        f"ask for at most {room}, or shorten it"
-        if room > 0
-        else f"shorten it to at most {max(cfg.max_len - max_new_tokens, 1)}"
-    )
+    short = f"shorten it to at most {max(cfg.max_len - max_new_tokens, 1)}"
+    remedy = f"ask for at most {room}, or shorten it" if room > 0 else short
     rule = f"a prompt of {T} tokens and max_new_tokens={max_new_tokens} exceed max_len={cfg.max_len}"
     require(max_new_tokens <= room, f"{rule}; {remedy}")
     check_sampler(sampler)

@@ -5,6 +5,7 @@ checkpoints/<step>/. Running the same config again continues at the newest check
 """
 
 import contextlib
+import functools
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -12,10 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import PRNGKeyArray
 
 from tx_jax import checkpoint
 from tx_jax.convert.sources import AnyTokenizer, load_pretrained
@@ -48,7 +47,8 @@ def _fit(cfg: RunConfig, stop: threading.Event) -> TrainState:
     cfg, train = task.cfg, task.cfg.train
     model = build(cfg.model)
     optimizer, schedule = make_optimizer(cfg.optim, train.n_steps), make_schedule(cfg.optim, train.n_steps)
-    state = jax.eval_shape(lambda key: begin(cfg, model, optimizer, key), jax.random.key(0))
+    start = functools.partial(first_state, cfg.lora, model, optimizer, ema=train.ema_rate > 0)
+    state = jax.eval_shape(start, jax.random.key(0))
     n_trained = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     mesh = choose_mesh(cfg.mesh)
     launch = make_launcher(cfg, model, optimizer, state, mesh)
@@ -65,9 +65,8 @@ def _fit(cfg: RunConfig, stop: threading.Event) -> TrainState:
         check_text(run_dir, data["text_sha256"], task.sha256)
         task.batches.set_state(data["batches"])
     else:
-        first = jax.jit(begin, static_argnums=(0, 1, 2), donate_argnums=4)
         params = None if task.load is None else task.load(mesh)
-        state = first(cfg, model, optimizer, jax.random.key(train.seed), params)
+        state = jax.jit(start, donate_argnums=1)(jax.random.key(train.seed), params)
         checkpoint.save_base(run_dir, state.frozen)
     state = launch.put_state(state)
 
@@ -96,17 +95,10 @@ def _fit(cfg: RunConfig, stop: threading.Event) -> TrainState:
                         data = {"batches": task.batches.get_state(), "text_sha256": task.sha256}
                         save(step, launch.host_state(state.moving), data)
                         plot_metrics(run_dir)
-        if step == train.n_steps and not report.tested:
-            report.test(step, task.test(model, load_pretrained(run_dir).params))  # those that sample.py takes
+        if step == train.n_steps and task.test is not None and not report.tested:
+            report.test(step, task.test(model, load_pretrained(run_dir, mesh=mesh).params))  # as sample.py loads them
         report.end(step, stopped=step < train.n_steps)
     return launch.host_state(state)
-
-
-def begin(cfg: RunConfig, model: Model, optimizer, key: PRNGKeyArray, params: dict | None = None) -> TrainState:
-    """The state before the first step, with these parameters or fresh ones."""
-    state = first_state(cfg.lora, model, optimizer, key, params)
-    mean = jax.tree.map(jnp.copy, state.params) if cfg.train.ema_rate else ()  # a buffer of its own: both are given up
-    return state._replace(ema=mean)
 
 
 def claim(run_dir: Path, cfg: RunConfig, tokenizer: AnyTokenizer) -> int:
@@ -158,7 +150,11 @@ def choose_mesh(cfg: MeshConfig) -> Mesh | None:
 def make_launcher(cfg: RunConfig, model: Model, optimizer, state: TrainState, mesh: Mesh | None) -> Launcher:
     """`jit` on the mesh, or `pmap` without one."""
     train = cfg.train
-    how = {"label_smoothing": train.label_smoothing_rate, "ema": train.ema_rate, "assemble": make_assemble(cfg.lora)}
+    how = {
+        "label_smoothing": train.label_smoothing_rate,
+        "ema_rate": train.ema_rate,
+        "assemble": make_assemble(cfg.lora),
+    }
     if mesh is None:
         return pmap_step(make_train_step(model, optimizer, **how, axis_name=AXIS))
     return jit_step(make_train_step(model, optimizer, **how), state, mesh)

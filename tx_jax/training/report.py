@@ -17,7 +17,7 @@ from tx_jax.training.step import Metrics
 
 
 class Report:
-    """Speaks for one run. Speeds leave out compiling, evaluating, sampling and saving."""
+    """Speaks for one run. Speeds leave out the first step, which compiles, and evaluating, sampling and saving."""
 
     def __init__(self, cfg: RunConfig, step: int, n_trained: int):
         self.cfg, self.first, self.n_trained = cfg, step + 1, n_trained

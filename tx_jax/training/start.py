@@ -51,9 +51,11 @@ def open_start(cfg: RunConfig, text: str, special_tokens: Sequence[str] = ()) ->
         source, tokenizer = open_source(path), load_tokenizer(path)
         model, load = source.cfg, functools.partial(source.load, "float32")
     stack = model.stack
+    rule = (
+        f"init={cfg.init!r} cannot begin a run with data.objective={cfg.data.objective!r}, which has tokens of its own"
+    )
+    require(not special_tokens, f"{rule}; leave it out")
     require(stack == "decoder", f"init={cfg.init!r} is an {stack}, which does not go on from text; give a decoder")
-    rule = f"init={cfg.init!r} has none of the special tokens of objective={cfg.data.objective!r}"
-    require(not special_tokens, f"{rule}; leave out --init, and train it from the start")
     ids, known, long = tokenizer.vocab_size, model.vocab_size or 0, cfg.data.seq_len
     require(ids <= known, f"init={cfg.init!r} has a tokenizer of {ids} ids for {known} vectors; they are of two models")
     require(long <= model.max_len, f"data.seq_len={long} exceeds the {model.max_len} tokens of {cfg.init}; shorten it")
@@ -78,13 +80,16 @@ def first_state(
     optimizer: optax.GradientTransformation,
     key: PRNGKeyArray,
     params: dict | None = None,
+    *,
+    ema: bool = False,
 ) -> TrainState:
     """The state before the first step, with these parameters or fresh ones; with adapters, they are its `frozen`."""
     if not cfg.rank:
-        return init_state(model, optimizer, key, params)
+        return init_state(model, optimizer, key, params, ema=ema)
     lora_key, key = jax.random.split(key)
     base = init_params(model, key) if params is None else params
-    return init_state(model, optimizer, key, init_lora(base, lora_key, cfg.rank, cfg.targets))._replace(frozen=base)
+    adapters = init_lora(base, lora_key, cfg.rank, cfg.targets)
+    return init_state(model, optimizer, key, adapters, ema=ema)._replace(frozen=base)
 
 
 def make_assemble(cfg: LoraConfig) -> Callable[[Any, Any], dict]:

@@ -61,12 +61,18 @@ class Metrics(NamedTuple):
 
 
 def init_state(
-    model: Model, optimizer: optax.GradientTransformation, key: PRNGKeyArray, params: dict | None = None
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    key: PRNGKeyArray,
+    params: dict | None = None,
+    *,
+    ema: bool = False,
 ) -> TrainState:
-    """The state before the first step, with these parameters or fresh ones."""
+    """The state before the first step, with these parameters or fresh ones; `ema`: for a step with an ema_rate."""
     init_key, key = jax.random.split(key)
     params = init_params(model, init_key) if params is None else params
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), key)
+    mean = jax.tree.map(jnp.copy, params) if ema else ()  # buffers of its own: a launcher gives both up
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), key, ema=mean)
 
 
 def make_train_step(
@@ -74,15 +80,15 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     *,
     label_smoothing: float = 0.0,
-    ema: float = 0.0,
+    ema_rate: float = 0.0,
     axis_name: str | None = None,
     assemble: Callable[[Any, Any], dict] = lambda params, frozen: params,
 ) -> Callable[[TrainState, Examples], tuple[TrainState, Metrics]]:
     """A pure (state, batch) → (state, metrics).
 
     Args:
-        ema: the share of the mean so far in state.ema, which begins as params; less in the first steps, so that
-            those do not weigh for long: (1 + step) / (10 + step) at most, as in TensorFlow. 0: no mean is kept.
+        ema_rate: the share of the mean so far in state.ema (`init_state(…, ema=True)`); less in the first steps, so
+            that those do not weigh for long: (1 + step) / (10 + step) at most, as in TensorFlow. 0: no mean is kept.
         axis_name: that of a `pmap`, if it runs inside one.
         assemble: (state.params, state.frozen) → the model's parameters, such as adapters with what they adapt.
     """
@@ -104,8 +110,8 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
         metrics = Metrics(total / divisor, optax.tree.norm(grads), count)
-        share = jnp.minimum(ema, (1 + state.step) / (10 + state.step))
-        mean = jax.tree.map(lambda old, new: share * old + (1 - share) * new, state.ema, params) if ema else ()
+        share = jnp.minimum(ema_rate, (1 + state.step) / (10 + state.step))
+        mean = jax.tree.map(lambda old, new: share * old + (1 - share) * new, state.ema, params) if ema_rate else ()
         return state._replace(step=state.step + 1, params=params, opt_state=opt_state, ema=mean), metrics
 
     return step

@@ -1,6 +1,6 @@
 """What a run trains on: an objective's data as batches, and what there is to see and to score on the way.
 
-TASKS has one function for each kind of data; all give a Task, and the loop asks no further.
+Text and pairs have a function each; both give a Task, and the loop asks no further.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from tx_jax.data.batches import (
 )
 from tx_jax.data.buckets import train_pair_batches, valid_pair_batches
 from tx_jax.data.corpora import load_text
-from tx_jax.data.objectives import mask_tokens, prefix_lm, span_corruption, span_lengths
+from tx_jax.data.objectives import mask_tokens, pair_lengths, prefix_lm, span_corruption, span_lengths
 from tx_jax.data.pairs import Pairs, by_source, load_pairs, report_faults, split_pairs
 from tx_jax.data.subwords import SubwordTokenizer
 from tx_jax.decoding.generate import generate
@@ -52,7 +52,7 @@ class Task(NamedTuple):
     held_out: Sequence[Any]  # Examples
     sample: Sample
     score: Callable[[Any, dict], Scores] = lambda model, params: {}  # of a fixed part of the validation split
-    test: Callable[[Any, dict], Scores] = lambda model, params: {}  # of the whole test split, at the end
+    test: Callable[[Any, dict], Scores] | None = None  # of the whole test split, at the end
 
 
 def open_task(cfg: RunConfig) -> Task:
@@ -68,8 +68,9 @@ def text_task(cfg: RunConfig) -> Task:
     """Texts, cut into crops."""
     text = load_text(cfg.data.path, cfg.data.corpus)
     cfg, tokenizer, load = open_start(cfg, text, special_tokens(cfg.data))
+    check_objective(cfg)
     train = cfg.train
-    if train.sample_prompt is None:
+    if train.sample_prompt is None and cfg.model.stack == "decoder":
         train = dataclasses.replace(train, sample_prompt="\n" if "\n" in text else text[0])
         cfg = dataclasses.replace(cfg, train=train)
     train_ids, valid_ids = split(tokenizer.encode(text), cfg.data.valid_fraction)
@@ -84,6 +85,20 @@ def text_task(cfg: RunConfig) -> Task:
         iter(train_batches(train_ids, **shape, seed=train.seed, objective=objective)), held_out,
         SAMPLES[cfg.model.stack](cfg, tokenizer, held_out[0]),
     )  # fmt: skip
+
+
+def check_objective(cfg: RunConfig) -> None:
+    """Hold the model to what its objective needs.
+
+    Raises:
+        InputError: prefix-LM with a window, or corrupted texts that are longer than the model's positions.
+    """
+    data, model = cfg.data, cfg.model
+    sees_all = data.objective != "prefix_lm" or model.window is None
+    require(sees_all, f"model.window={model.window} hides a prefix; leave it out with data.objective='prefix_lm'")
+    longest = max(pair_lengths(data.seq_len)) if data.objective == "span_corruption" else 0
+    rule = f"data.seq_len={data.seq_len} gives corrupted texts of {longest} tokens, more than model.max_len"
+    require(longest <= model.max_len, f"{rule}={model.max_len}; raise it")
 
 
 def special_tokens(data: DataConfig) -> tuple[str, ...]:
