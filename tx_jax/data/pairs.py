@@ -166,15 +166,14 @@ def by_source(pairs: Pairs) -> tuple[list[str], list[list[str]]]:
 def number_words(n: int = 40_000) -> Pairs:
     """Numbers below a million in digits and in English words, drawn at random.
 
-    Half are as likely as any other; of the other half each number of digits is, so that short ones are there, some of
-    them often.
+    Half are as likely as any other. Of the other half each number of digits is, and how many of them zeros follow, so
+    that short and round ones are there, too.
     """
     words, rng = package("num2words", "translate").num2words, np.random.default_rng(0)
-    short = 10 ** rng.integers(1, 7, n - n // 2)
-    numbers = [
-        *rng.integers(1_000_000, size=n // 2).tolist(),
-        *rng.integers(short // 10 * (short > 10), short).tolist(),
-    ]
+    digits = rng.integers(1, 7, n - n // 2)
+    first = rng.integers(1, digits + 1)  # digits before the zeros
+    head = rng.integers(np.where(first > 1, 10 ** (first - 1), 0), 10**first)
+    numbers = [*rng.integers(1_000_000, size=n // 2).tolist(), *(head * 10 ** (digits - first)).tolist()]
     return Pairs([str(i) for i in numbers], [words(i) for i in numbers], list(range(1, len(numbers) + 1)))
 
 
