@@ -18,7 +18,7 @@ import numpy as np
 import tyro
 
 import tx_jax as tx
-from tx_jax.checkpoint import latest_step, read_config
+from tx_jax.checkpoint import latest_step
 from tx_jax.command_line import keep_compiled, one_line_errors, parse
 from tx_jax.convert.pretrained import Source
 from tx_jax.convert.sources import AnyTokenizer, end_ids, find_source, is_run, open_source, open_tokenizer
@@ -28,6 +28,7 @@ from tx_jax.decoding.generate import prepare
 from tx_jax.decoding.samplers import check_sampler
 from tx_jax.errors import InputError, require
 from tx_jax.inspect import check_picture, plot_translation
+from tx_jax.run_dir import read_config
 from tx_jax.writing import Writer, complete, converse, messages, say, show, tokens_of
 
 

@@ -18,9 +18,10 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tx_jax.checkpoint import claim_run_dir, latest_step, read_config, restore, restore_params, saver, write_config
+from tx_jax.checkpoint import latest_step, restore, restore_params, saver
 from tx_jax.errors import InputError
 from tx_jax.run_config import MeshConfig, RunConfig
+from tx_jax.run_dir import claim_run_dir, read_config, write_config
 
 DATA = {"next_index": 3, "parents": {"a": [1, 2.5, None, True], "é": {}}, "big": 2**70}
 

@@ -70,7 +70,7 @@ def to_reading_order(memory: Cache | None) -> Any:
     XLA on CPU transposes the keys (B, S, K, H) to (B, K, H, S) and the values to (B, K, S, H) for its products, in each
     step of a loop. In what has this layout already the two transpositions cancel, and no step copies anything; the
     barrier keeps XLA from moving one of them out of the loop. A step over 1,000 tokens of 32 sources takes a quarter of
-    the time (benchmarks/beam.py).
+    the time, or less (benchmarks/RESULTS.md).
     """
     if memory is None:
         return None

@@ -1,17 +1,15 @@
-"""What a run leaves on disk: `config.json`, and `checkpoints/<step>/` with the state and the data position.
+"""What a run leaves in `checkpoints/<step>/`: its state, and its place in the data.
 
 A checkpoint is written under a temporary name and renamed when it is whole, so a kill at any moment leaves the last one
 in place. Parameters are stored apart from the rest, so that sampling never reads the optimiser's state.
 """
 
 import contextlib
-import dataclasses
 import functools
 import json
 import logging
 import os
 import pathlib
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -21,60 +19,12 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, PyTree
 
-from tx_jax.config_json import from_json, to_json
 from tx_jax.errors import InputError, require
-from tx_jax.run_config import RunConfig
 
 RunDir = str | os.PathLike[str]
 UNFINISHED = ".orbax-checkpoint-tmp"  # Orbax's suffix of what is not whole (orbax TMP_DIR_SUFFIX)
 BASE = "base"  # in a run directory: the parameters that adapters are beside, as the step 0 of a run of its own
-UNFINISHED_CONFIG = "config.json.tmp"
 EARLIER = "remove it to go back to an earlier step"
-# Fields that may change when a run goes on: they do not enter the mathematics of a step.
-FREE = re.compile(r"run_dir|mesh\..*|train\.(\w+_every|keep|n_averaged|n_scored|sample_\w+)")
-
-
-def write_config(run_dir: RunDir, cfg: RunConfig) -> None:
-    """Write `run_dir/config.json`, whole or not at all, making the directory if need be."""
-    path = pathlib.Path(run_dir)
-    path.mkdir(parents=True, exist_ok=True)
-    (path / UNFINISHED_CONFIG).write_text(to_json(cfg), encoding="utf-8")
-    os.replace(path / UNFINISHED_CONFIG, path / "config.json")
-
-
-def read_config(run_dir: RunDir) -> RunConfig:
-    """The configuration of the run in `run_dir`.
-
-    Raises:
-        InputError: there is no config.json, or one that is not a RunConfig.
-    """
-    path = pathlib.Path(run_dir) / "config.json"
-    require(path.is_file(), f"run_dir='{run_dir}' holds no config.json; name the --run-dir of a training run")
-    try:
-        return from_json(RunConfig, path.read_text(encoding="utf-8"))
-    except (InputError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {error}; use another --run-dir") from error
-
-
-def claim_run_dir(run_dir: RunDir, cfg: RunConfig) -> None:
-    """Make `run_dir` the home of the run `cfg`: a new directory, or one in which the same run goes on.
-
-    Where and how often things are written (FREE) may differ from the run before; config.json then holds the new values.
-
-    Raises:
-        InputError: run_dir is a file, holds other things, or a run that differs in a field that is not FREE.
-    """
-    path = pathlib.Path(run_dir)
-    another = "use another --run-dir"
-    require(path.is_dir() or not path.exists(), f"run_dir='{run_dir}' is a file; {another}")
-    if path.is_dir() and any(entry.name != UNFINISHED_CONFIG for entry in path.iterdir()):
-        require((path / "config.json").exists(), f"run_dir='{run_dir}' holds files but no config.json; {another}")
-        old, new = (_leaves(dataclasses.asdict(config), ".") for config in (read_config(run_dir), cfg))
-        names = [name for name in new if not FREE.fullmatch(name) and old[name] != new[name]]
-        says = ", ".join(f"{name}={old[name]!r}, not {new[name]!r}" for name in names[:3])
-        more = f", and {len(names) - 3} more" if len(names) > 3 else ""
-        require(not names, f"run_dir='{run_dir}' holds a run with {says}{more}; {another}, or its values")
-    write_config(run_dir, cfg)
 
 
 @contextlib.contextmanager
@@ -284,11 +234,10 @@ def _prune(run_dir: RunDir, keep: int) -> None:
         shutil.rmtree(path)
 
 
-def _leaves(tree: PyTree, separator: str = "/") -> dict[str, Any]:
-    """Leaves by path; None is a leaf of a config and no leaf of a state."""
-    is_leaf = None if separator == "/" else lambda x: x is None
-    paths = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
-    return {jax.tree_util.keystr(path, simple=True, separator=separator): leaf for path, leaf in paths}
+def _leaves(tree: PyTree) -> dict[str, Any]:
+    """Leaves by path."""
+    paths = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in paths}
 
 
 def _target(x: Any) -> jax.ShapeDtypeStruct:

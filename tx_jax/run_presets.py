@@ -77,7 +77,7 @@ def _translator(backend: str, **changes: Any) -> ModelConfig:
 
 
 def translate_en_es(backend: str) -> RunConfig:
-    """English to Spanish (Tatoeba): half an hour on two CPU cores, or the base model of 2017 on an accelerator.
+    """English to Spanish (Tatoeba): sized for half an hour on two CPU cores; the base model of 2017 on an accelerator.
 
     The small one has its norms first, which needs no long warm-up. Yours: --data.path TABLE.tsv, or --data.path SOURCES
     --data.target-path TARGETS, lines of UTF-8.

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 import tx_jax as tx
-from tx_jax.checkpoint import read_config, restore_base, restore_params
+from tx_jax.checkpoint import restore_base, restore_params
 from tx_jax.convert.pretrained import save_pretrained
 from tx_jax.convert.sources import find_source, load_pretrained, load_tokenizer
 from tx_jax.data.subwords import SubwordTokenizer
+from tx_jax.run_dir import read_config
 
 END = "<|endoftext|>"
 MODEL = tx.ModelConfig(

@@ -10,8 +10,9 @@ import jax
 import numpy as np
 import pytest
 
-from tx_jax.checkpoint import latest_step, read_config, restore_params
+from tx_jax.checkpoint import latest_step, restore_params
 from tx_jax.models import build, init_params
+from tx_jax.run_dir import read_config
 
 
 def records(run_dir):

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from tests.scripts.test_train import assert_same_params, records
-from tx_jax.checkpoint import read_config, restore_params
+from tx_jax.checkpoint import restore_params
 from tx_jax.convert.sources import load_pretrained
+from tx_jax.run_dir import read_config
 
 TINY = """number-words
     --model.n-layers 1 --model.d-model 32 --model.d-mlp 64 --model.n-heads 2 --model.max-len 12

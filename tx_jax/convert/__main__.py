@@ -33,6 +33,7 @@ from tx_jax.data.vocabularies import to_hugging_face
 from tx_jax.errors import InputError, require
 from tx_jax.models import EncoderDecoder, build, count_params
 from tx_jax.run_config import DataConfig, RunConfig
+from tx_jax.run_dir import claim_run_dir
 
 Layout = Literal["hugging_face", "run"]
 
@@ -95,7 +96,7 @@ def _to_run(args: Args, source: Source, tokenizer: AnyTokenizer | None, dst: Pat
     if isinstance(tokenizer, Subwords):  # a run keeps no other record of what ends a text
         tokenizer = dataclasses.replace(tokenizer, eos_ids=end_ids(source.special_ids, tokenizer))
     weights = Weights(source.load("float32", None))  # what may be refused is, before anything is written
-    checkpoint.claim_run_dir(dst, RunConfig(run_dir=str(dst), init=args.src, model=source.cfg, data=data))
+    claim_run_dir(dst, RunConfig(run_dir=str(dst), init=args.src, model=source.cfg, data=data))
     if tokenizer is not None:
         tokenizer.save(dst / "tokenizer")
     with checkpoint.saver(dst, keep=1) as save:

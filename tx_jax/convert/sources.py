@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from tx_jax.checkpoint import read_config, restore_base, restore_params, step_dir, stored_params
+from tx_jax.checkpoint import restore_base, restore_params, step_dir, stored_params
 from tx_jax.config import ModelConfig
 from tx_jax.config_json import read_object
 from tx_jax.convert.files import INDEX, WEIGHTS, check_no_pickle
@@ -27,6 +27,7 @@ from tx_jax.errors import InputError, require
 from tx_jax.lora import as_adapters, merge_lora
 from tx_jax.models import build, init_params
 from tx_jax.parallel import shardings
+from tx_jax.run_dir import read_config
 
 HUB = re.compile(r"hf://(?P<repo_id>[^/@\s]+/[^/@\s]+?)(@(?P<revision>\S+))?")
 HUB_FILES = ("model*.safetensors", "*.json", "*.model", "*.txt", "*.tiktoken", "*.jinja")  # no code, no other weights

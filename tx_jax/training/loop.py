@@ -24,6 +24,7 @@ from tx_jax.inspect import plot_metrics
 from tx_jax.models import Model, build
 from tx_jax.parallel import AXIS, Launcher, jit_step, make_mesh, pmap_step
 from tx_jax.run_config import MeshConfig, RunConfig
+from tx_jax.run_dir import claim_run_dir
 from tx_jax.training.optim import make_optimizer, make_schedule
 from tx_jax.training.report import Report
 from tx_jax.training.start import first_state, make_assemble
@@ -110,7 +111,7 @@ def claim(run_dir: Path, cfg: RunConfig, tokenizer: AnyTokenizer) -> int:
     held = find_tokenizer(run_dir / "tokenizer")
     rule = f"run_dir='{run_dir}' holds a run with another tokenizer, such as that of another text"
     require(held in (None, tokenizer), f"{rule}; use another --run-dir, or its text, --data.tokenizer and --init")
-    checkpoint.claim_run_dir(run_dir, cfg)
+    claim_run_dir(run_dir, cfg)
     tokenizer.save(run_dir / "tokenizer")
     return checkpoint.latest_step(run_dir) or 0
 

@@ -13,7 +13,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 
-from tx_jax.checkpoint import latest_step, read_config
+from tx_jax.checkpoint import latest_step
 from tx_jax.config import OF_THE_RUN, ModelConfig
 from tx_jax.convert.sources import AnyTokenizer, find_source, load_tokenizer, open_source
 from tx_jax.data.trained import train_tokenizer
@@ -21,6 +21,7 @@ from tx_jax.errors import require
 from tx_jax.lora import init_lora, merge_lora
 from tx_jax.models import Model, init_params
 from tx_jax.run_config import LoraConfig, RunConfig
+from tx_jax.run_dir import read_config
 from tx_jax.training.step import TrainState, init_state
 
 

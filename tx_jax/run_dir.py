@@ -1,0 +1,68 @@
+"""A run directory belongs to one run: its `config.json` says which, and what may change when the run goes on."""
+
+import dataclasses
+import os
+import pathlib
+import re
+from typing import Any
+
+from tx_jax.config_json import from_json, to_json
+from tx_jax.errors import InputError, require
+from tx_jax.run_config import RunConfig
+
+RunDir = str | os.PathLike[str]
+UNFINISHED_CONFIG = "config.json.tmp"
+# Fields that may change when a run goes on: they do not enter the mathematics of a step.
+FREE = re.compile(r"run_dir|mesh\..*|train\.(\w+_every|keep|n_averaged|n_scored|sample_\w+)")
+
+
+def write_config(run_dir: RunDir, cfg: RunConfig) -> None:
+    """Write `run_dir/config.json`, whole or not at all, making the directory if need be."""
+    path = pathlib.Path(run_dir)
+    path.mkdir(parents=True, exist_ok=True)
+    (path / UNFINISHED_CONFIG).write_text(to_json(cfg), encoding="utf-8")
+    os.replace(path / UNFINISHED_CONFIG, path / "config.json")
+
+
+def read_config(run_dir: RunDir) -> RunConfig:
+    """The configuration of the run in `run_dir`.
+
+    Raises:
+        InputError: there is no config.json, or one that is not a RunConfig.
+    """
+    path = pathlib.Path(run_dir) / "config.json"
+    require(path.is_file(), f"run_dir='{run_dir}' holds no config.json; name the --run-dir of a training run")
+    try:
+        return from_json(RunConfig, path.read_text(encoding="utf-8"))
+    except (InputError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {error}; use another --run-dir") from error
+
+
+def claim_run_dir(run_dir: RunDir, cfg: RunConfig) -> None:
+    """Make `run_dir` the home of the run `cfg`: a new directory, or one in which the same run goes on.
+
+    Where and how often things are written (FREE) may differ from the run before; config.json then holds the new values.
+
+    Raises:
+        InputError: run_dir is a file, holds other things, or a run that differs in a field that is not FREE.
+    """
+    path = pathlib.Path(run_dir)
+    another = "use another --run-dir"
+    require(path.is_dir() or not path.exists(), f"run_dir='{run_dir}' is a file; {another}")
+    if path.is_dir() and any(entry.name != UNFINISHED_CONFIG for entry in path.iterdir()):
+        require((path / "config.json").exists(), f"run_dir='{run_dir}' holds files but no config.json; {another}")
+        old, new = (_fields(dataclasses.asdict(config)) for config in (read_config(run_dir), cfg))
+        names = [name for name in sorted(new) if not FREE.fullmatch(name) and old[name] != new[name]]
+        says = ", ".join(f"{name}={old[name]!r}, not {new[name]!r}" for name in names[:3])
+        more = f", and {len(names) - 3} more" if len(names) > 3 else ""
+        require(not names, f"run_dir='{run_dir}' holds a run with {says}{more}; {another}, or its values")
+    write_config(run_dir, cfg)
+
+
+def _fields(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The fields of a config and of those within it, by their dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        inner = _fields(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        found |= inner
+    return found
