@@ -12,7 +12,7 @@ import tx_jax as tx
 from tx_jax import InputError, Mask
 
 B, T, H = 2, 11, 3
-IMPLS = ["xla", "blockwise"]
+IMPLS = ["xla", "blockwise", "cached", "by_query"]
 POSITIONS = jnp.array([[*range(7), -1, 7, -1, -1], [-1, *range(10)]])
 SEGMENTS = jnp.array([[1] * 5 + [2] * 6, [3] * 9 + [4] * 2])
 RING = jnp.roll(POSITIONS, 3, axis=1)
@@ -87,11 +87,12 @@ def oracle(q, k, v, bias, seen, scale=None, soft_cap=None):
     return out
 
 
-@pytest.fixture(params=["xla", "blockwise"], scope="module")
+@pytest.fixture(params=IMPLS, scope="module")
 def impl(request):
     """Each body, with blocks so small that there are several."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys.modules["tx_jax.ops.attention"], "BLOCK", 4)
+        patch.setattr(sys.modules["tx_jax.ops.attention"], "LEAST", 3)
         yield request.param
 
 
@@ -120,6 +121,16 @@ def test_the_function_of_jax(name, impl):
     np.testing.assert_allclose(one * rows[..., None, None], other * rows[..., None, None], rtol=0, atol=2e-6)
     for gradient, their_gradient in zip(*map(jax.tree.leaves, (gradients, their_gradients)), strict=True):
         np.testing.assert_allclose(gradient, their_gradient, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_first_n_keys_hold_all_that_is_seen(name):
+    queries, mask = CASES[name][2:4]
+    seen = np.flatnonzero(seen_in(name).any(axis=(0, 1)))
+    n = int(mask.n_keys(queries, T))
+    assert seen[-1] < n <= T
+    if mask.window is None and mask.q_segments is None:
+        assert seen[-1] == n - 1
 
 
 def test_a_row_that_sees_nothing_is_zero_and_so_is_its_gradient(impl):
@@ -191,5 +202,5 @@ def test_refused_shapes(text):
 
 def test_refused_impl():
     x = jnp.zeros((1, 1, 1, 2))
-    with pytest.raises(InputError, match=r"^impl='flash' is not one of auto, xla, blockwise$"):
+    with pytest.raises(InputError, match=r"^impl='flash' is not one of auto, xla, blockwise, cached, by_query$"):
         tx.attention(x, x, x, impl="flash")

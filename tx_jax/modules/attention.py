@@ -4,6 +4,7 @@ and values come from: this sequence (and its cache), or an encoder's output."""
 from typing import NamedTuple, cast
 
 import flax.linen as nn
+import jax
 from jaxtyping import Array, Float, Int
 
 from tx_jax.cache import LayerCache, write
@@ -14,6 +15,8 @@ from tx_jax.modules.norms import make_qk_norm
 from tx_jax.ops.attention import attention
 from tx_jax.ops.masks import Mask
 from tx_jax.ops.positions import Rotation, rotate
+
+MOST = 16  # beams of a sentence that are attended one after another on a CPU: each is a product of its own to compile
 
 
 class Plan(NamedTuple):
@@ -53,7 +56,7 @@ class Attention(nn.Module):
         """The queries of x over the keys and values of `memory`.
 
         A memory of fewer rows serves each to B / rows rows of x in turn, such as the beams of one sentence: they are
-        attended as further queries of that row, so that it is read once and never copied.
+        further queries of that row, so that it is never copied, and on an accelerator read once.
 
         Raises:
             InputError: B is no multiple of the memory's rows.
@@ -65,12 +68,14 @@ class Attention(nn.Module):
         q = self.q_norm(q) if cfg.qk_norm else q
         q = rotate(q, plan.turn, interleaved=cfg.positions == "rotary_pairs")
         drop = cfg.attention_dropout_rate > 0 and not deterministic
+        one_by_one = rows < x.shape[0] <= MOST * rows and x.shape[1] == 1 and jax.default_backend() == "cpu"
         heads = attention(
             q.reshape(rows, -1, *q.shape[2:]), *memory, plan.mask, plan.bias,
             scale=cfg.attention_scale,
             soft_cap=cfg.attention_soft_cap,
             dropout_rate=cfg.attention_dropout_rate,
             dropout_key=self.make_rng("dropout") if drop else None,
+            impl="by_query" if one_by_one else "auto",
         )  # fmt: skip
         return self.out(heads.reshape(*x.shape[:2], -1))
 

@@ -35,7 +35,8 @@ def attention(
         scale: what scores are multiplied by; None is 1/√H.
         soft_cap: scores become soft_cap · tanh(scores / soft_cap).
         dropout_rate: of the weights, where dropout_key is given.
-        impl: a key of BODIES, or "auto" (blockwise for more than BLOCK queries, otherwise xla).
+        impl: a key of BODIES, or "auto": blockwise for more than BLOCK queries, otherwise xla; but cached on a CPU for
+            queries beside earlier keys.
 
     >>> q = k = v = jnp.ones((1, 3, 2, 4))
     >>> attention(q, k, v, Mask(causal=True)).shape
@@ -47,7 +48,9 @@ def attention(
     """
     _check_shapes(q, k, v)
     if impl == "auto":
-        impl = "blockwise" if q.shape[1] > BLOCK else "xla"
+        cached = mask.causal and mask.k_positions is not None and q.shape[1] < k.shape[1]
+        few = "blockwise" if q.shape[1] > BLOCK else "xla"
+        impl = "cached" if cached and jax.default_backend() == "cpu" else few
     require(impl in BODIES, f"impl={impl!r} is not one of auto, {', '.join(BODIES)}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     rate = 0.0 if dropout_key is None else dropout_rate
@@ -89,9 +92,9 @@ def _plain(q, k, v, mask, bias, key, scale, soft_cap, rate):
 BLOCK = 64  # queries in a block: measured beside 128 and none on CPU (benchmarks/RESULTS.md)
 
 
-def _blockwise(q, k, v, mask, bias, key, scale, soft_cap, rate):
+def _blockwise(q, k, v, mask, bias, key, scale, soft_cap, rate, block=None, body=_plain):
     """A block of queries at a time, each recomputed in the backward pass: memory is linear in T."""
-    T, S = q.shape[1], k.shape[1]
+    T, S, block = q.shape[1], k.shape[1], block or BLOCK
     plain_order = mask.causal and mask.q_positions is None and mask.k_positions is None and mask.prefix is None
 
     @functools.partial(jax.checkpoint, static_argnums=(0, 1))
@@ -99,12 +102,38 @@ def _blockwise(q, k, v, mask, bias, key, scale, soft_cap, rate):
         seen = min(stop, S) if plain_order else S  # later keys are masked for the whole block
         part = None if bias is None else bias[:, :, start:stop, :seen]
         key = None if key is None else jax.random.fold_in(key, start)
-        return _plain(
+        return body(
             q[:, start:stop], k[:, :seen], v[:, :seen], mask.rows(start, stop, seen), part, key, scale, soft_cap, rate
         )
 
-    blocks = [rows(start, min(start + BLOCK, T), q, k, v, mask, bias, key) for start in range(0, T, BLOCK)]
+    blocks = [rows(start, min(start + block, T), q, k, v, mask, bias, key) for start in range(0, T, block)]
     return jnp.concatenate(blocks, axis=1)
 
 
-BODIES = {"xla": _plain, "blockwise": _blockwise}
+LEAST = 256  # keys that are attended in any case
+
+
+def _within_reach(q, k, v, mask, bias, key, scale, soft_cap, rate):
+    """The plain body over the first LEAST · 2ⁿ keys, with the least n that leaves out none that is seen.
+
+    A cache has slots for a whole text. To attend over 4,096 of them where 256 hold a key halves the speed of decoding.
+    """
+    T, S = q.shape[1], k.shape[1]
+    sizes = [LEAST << n for n in range(S.bit_length()) if LEAST << n < S] + [S]
+
+    def first(n):
+        part = None if bias is None else bias[..., :n]
+        return lambda: _plain(q, k[:, :n], v[:, :n], mask.rows(0, T, n), part, key, scale, soft_cap, rate)
+
+    enough = (mask.n_keys(T, S) > jnp.array(sizes[:-1], jnp.int32)).sum()
+    return jax.lax.switch(enough, [first(n) for n in sizes])
+
+
+BODIES = {
+    "xla": _plain,
+    "blockwise": _blockwise,
+    "cached": functools.partial(_blockwise, body=_within_reach),
+    # For a few queries over keys laid out for reading, which XLA on CPU reads at a quarter of memory's speed in a
+    # product with two vectors or more, but at all of it with one (benchmarks/beam.py).
+    "by_query": functools.partial(_blockwise, block=1),
+}

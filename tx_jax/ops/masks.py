@@ -52,6 +52,16 @@ class Mask:
             seen &= self.q_segments[:, :, None] == self.k_segments[:, None, :]
         return seen & (k >= 0)
 
+    def n_keys(self, q_len: int, k_len: int) -> Int[Array, ""]:
+        """How many keys from the first on hold all that a query may see; windows and segments are not looked at."""
+        k = jnp.arange(k_len)[None] if self.k_positions is None else self.k_positions
+        seen = k >= 0
+        if self.causal:
+            q = jnp.full(1, q_len - 1) if self.q_positions is None else self.q_positions.max(axis=1)
+            last = q if self.prefix is None else jnp.maximum(q, self.prefix - 1)
+            seen &= k <= last[:, None]
+        return jnp.where(seen.any(axis=0), jnp.arange(1, k_len + 1), 0).max()
+
     def rows(self, start: int, stop: int, k_stop: int) -> "Mask":
         """The description for the queries start:stop and the keys up to k_stop."""
         q = jnp.arange(start, stop)[None] if self.q_positions is None else self.q_positions[:, start:stop]
