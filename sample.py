@@ -24,8 +24,8 @@ from tx_jax.convert.pretrained import Source
 from tx_jax.convert.sources import AnyTokenizer, end_ids, find_source, is_run, open_source, open_tokenizer
 from tx_jax.data.chat import encode_chat
 from tx_jax.data.subwords import Subwords
-from tx_jax.decoding.generate import prepare
-from tx_jax.decoding.samplers import check_sampler
+from tx_jax.decoding.prompts import prepare
+from tx_jax.decoding.samplers import OF_DRAWS, check_sampler
 from tx_jax.errors import InputError, require
 from tx_jax.inspect import check_picture, plot_translation
 from tx_jax.run_dir import read_config
@@ -55,6 +55,15 @@ class Args:
     top_k: int | None = None  # keep the k likeliest tokens
     top_p: float | None = None  # keep the likeliest tokens that together reach p
     min_p: float | None = None  # keep tokens at least p times as likely as the likeliest
+    typical_p: float | None = None  # keep the tokens of the most expected surprise that together reach p
+    epsilon_cutoff: float | None = None  # keep tokens of at least this probability
+    eta_cutoff: float | None = None  # the same, but less where the model is unsure
+    repetition_penalty: float | None = None  # above 1: tokens of the text and its prompt become less likely
+    presence_penalty: float | None = None  # is taken from the logits of tokens that were written
+    frequency_penalty: float | None = None  # the same for each time
+    no_repeat_ngram: int | None = None  # the text holds the same n tokens in a row once
+    min_new_tokens: int | None = None  # before which no text ends
+    stop: tuple[str, ...] = ()  # texts at which to stop; they are not shown
     seed: int = 0
     num_samples: int = 1
     stream: bool = False  # print each token as it comes; a chat does
@@ -119,7 +128,7 @@ def main(argv: list[str]) -> None:
     elif args.stream or (chats and args.num_samples == 1):
         show(writer, echo, tokens_of(writer, ids))
     else:
-        complete(writer, echo, np.tile(ids, (args.num_samples, 1)))
+        complete(writer, echo, ids, args.num_samples)
 
 
 def prepare_writer(args: Args, path: Path, cfg: tx.ModelConfig, special_ids: dict) -> tuple[Writer, bool]:
@@ -136,12 +145,20 @@ def prepare_writer(args: Args, path: Path, cfg: tx.ModelConfig, special_ids: dic
         chats = False  # it was trained to go on from running text
     for flag in ("interactive", "system"):
         require(chats or not getattr(args, flag), f"--{flag} is for a model with a chat template, without --raw")
-    drawn = args.num_samples > 1 or any(rule is not None for rule in (args.top_k, args.top_p, args.min_p))
+    rules, ends = rules_of(args), end_ids(special_ids, tokenizer)
+    drawn = args.num_samples > 1 or any(rules[name] is not None for name in OF_DRAWS)
     heat = DEFAULT_TEMPERATURE[chats and not drawn] if args.temperature is None else args.temperature
-    sampler = tx.Sampler(heat or None, args.top_k, args.top_p, args.min_p)
-    check_sampler(sampler)
+    sampler = tx.Sampler(**rules)._replace(temperature=heat or None)
+    check_sampler(sampler, cfg.vocab_size, ends=bool(ends))
+    if args.stop:
+        tx.stop_at(args.stop, [b""])  # refuses now
     new, key = args.max_new_tokens, jax.random.key(args.seed)
-    return Writer(model, {}, tokenizer, end_ids(special_ids, tokenizer), new, sampler, key), chats
+    return Writer(model, {}, tokenizer, ends, new, sampler, key, args.stop), chats
+
+
+def rules_of(args: Args) -> dict[str, Any]:
+    """Those of a Sampler, by name."""
+    return {name: getattr(args, name) for name in tx.Sampler._fields if hasattr(args, name)}
 
 
 def encode(tokenizer: AnyTokenizer, text: str, ends: tuple[int, ...]) -> np.ndarray:
@@ -199,7 +216,7 @@ def translate_lines(args: Args, path: Path, opened: Source) -> None:
 def prepare_translator(args: Args, path: Path, opened: Source) -> tuple[tx.EncoderDecoder, Subwords, dict[str, Any]]:
     """The model without its parameters, its tokenizer, and how they translate: arguments of tx.translate."""
     cfg, tokenizer, said, name = opened.cfg, open_tokenizer(path), opened.special_ids, f"model={args.model!r}"
-    for flag in ("prompt", "interactive", "stream", "system", "raw"):
+    for flag in ("prompt", "interactive", "stream", "system", "raw", "stop"):
         require(not getattr(args, flag), f"--{flag} is for a text that goes on, not for --source; leave one out")
     require(args.num_samples == 1, f"num_samples={args.num_samples} is not for --source; give --n-best")
     require(args.n_best == 1 or args.temperature != 0, f"temperature=0 gives one translation, not n_best={args.n_best}")
@@ -209,15 +226,16 @@ def prepare_translator(args: Args, path: Path, opened: Source) -> tuple[tx.Encod
         raise InputError(f"{name} is no encoder_decoder but of kind {cfg.stack}; {OTHERS[cfg.stack]}")
     if not isinstance(tokenizer, Subwords):
         raise InputError(f"{name} has no tokenizer; put its tokenizer.json beside the weights")
-    rules = {"top_k": args.top_k, "top_p": args.top_p, "min_p": args.min_p}
-    draws = bool(args.temperature) or any(rule is not None for rule in rules.values())
+    rules = rules_of(args)
+    draws = bool(args.temperature) or any(rule is not None for name, rule in rules.items() if name != "temperature")
     heat = 1.0 if args.temperature is None else args.temperature
     start = said.get("decoder_start_token_id", tokenizer.bos_id)
     forced, pad = said.get("forced_bos_token_id"), said.get("pad_token_id")
     ends = end_ids(said, tokenizer)
     how = {
         "n_beams": 1 if args.temperature == 0 else args.n_beams, "n_best": args.n_best,
-        "length_penalty": args.length_penalty, "sampler": tx.Sampler(heat or None, **rules) if draws else None,
+        "length_penalty": args.length_penalty,
+        "sampler": tx.Sampler(**rules)._replace(temperature=heat or None) if draws else None,
         "max_new_tokens": args.max_new_tokens, "truncate": args.truncate,
         "special": "<extra_id_0>" in tokenizer.special_tokens,
         "start_id": start if forced is None else (start, forced), "end_ids": ends,

@@ -12,11 +12,11 @@ RANKS = {  # of every module of the package
     "errors": -3, "config_checks": -1, "config_json": -1,
     "config": 0, "run_config": 1,
     "ops.masks": -1, "ops.attention": 0, "ops.positions": 0,
-    "training.losses": 0, "decoding.samplers": 0,
+    "training.losses": 0, "decoding.rules": 0, "decoding.samplers": 1, "decoding.automaton": 0,
     "data.tokenizers": -2, "data.wheels": -1, "data.corpora": 0, "data.batches": 0, "data.objectives": 1,
     "convert.files": 0, "convert.named": 0,
     "data.libraries": -1, "data.byte_ranks": 0, "data.sentencepieces": 0, "data.subwords": 1,
-    "data.pairs": 1, "data.buckets": 1, "data.trained": 2,
+    "data.pairs": 1, "data.buckets": 1, "data.trained": 2, "data.token_bytes": 2,
     "data.vocabularies": 2, "data.vocabulary_files": 3, "data.chat": 2, "data.chat_template": -3,
     "presets": 2, "run_presets": 3, "run_dir": 2, "lora": 2, "cache": 1, "parallel": 2, "checkpoint": 2,
     "training.optim": 2, "modules.linear": 1, "modules.mlp": 2, "modules.norms": 2, "modules.positions": 2,
@@ -24,16 +24,17 @@ RANKS = {  # of every module of the package
     "modules.attention": 3, "modules.embed": 3,
     "modules.block": 4,
     "models": 5,
-    "decoding.generate": 6, "training.step": 6, "decoding.beam_rules": 0, "decoding.beam": 7, "decoding.session": 7,
+    "decoding.prompts": 6, "decoding.generate": 7, "training.step": 6, "decoding.beam_rules": 0, "decoding.beam": 8,
+    "decoding.stream": 8, "decoding.session": 9,
     "training.report": 7,
-    "sentences": 7, "translate": 8, "inspect": 9,
+    "sentences": 7, "translate": 9, "inspect": 10,
     "convert.layouts": 0, "convert.gguf": 1, "convert.fields": 1, "convert.mapping": 6, "convert.family": 7,
     "convert.decoders": 8, "convert.encoders": 8, "convert.gguf_models": 8, "convert.pretrained": 9,
     "convert.sources": 10, "convert.__main__": 11, "training.start": 11, "writing": 11,
     "training.tasks": 12, "training.loop": 13,
     "": 11,  # the public surface
 }  # fmt: skip
-PURE = [name for name in RANKS if name.startswith("ops.") or name in ("training.losses", "decoding.samplers")]
+PURE = ["training.losses", "decoding.rules", "decoding.automaton", *(name for name in RANKS if name.startswith("ops."))]
 SOURCES = {  # by name; an empty __init__.py is no module
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").removesuffix("."): path
     for path in sorted(PACKAGE.rglob("*.py"))

@@ -1,14 +1,17 @@
 """The Transformer in JAX: the encoder-decoder of 2017, GPT-2 and LLaMA as one set of parts, the KV cache as a value."""
 
 from tx_jax import presets
-from tx_jax.cache import Cache, LayerCache, init_cache
+from tx_jax.cache import Cache, LayerCache, init_cache, resize_cache
 from tx_jax.config import ModelConfig, RotaryConfig
 from tx_jax.convert.pretrained import save_pretrained
 from tx_jax.convert.sources import Pretrained, load_pretrained, load_tokenizer
 from tx_jax.data.batches import Batch, PairBatch
+from tx_jax.decoding.automaton import Automaton, stop_at
 from tx_jax.decoding.beam import Beams, beam_search
-from tx_jax.decoding.generate import Generation, Prompt, decode, generate, pad_prompts, prefill, prepare, stream
+from tx_jax.decoding.generate import Generation, decode, generate, prefill
+from tx_jax.decoding.prompts import Prompt, pad_prompts, prepare
 from tx_jax.decoding.samplers import Sampler, sample
+from tx_jax.decoding.stream import stream
 from tx_jax.errors import InputError
 from tx_jax.lora import init_lora, merge_lora
 from tx_jax.models import DecoderLM, Encoder, EncoderDecoder, build, count_params, init_params
@@ -23,6 +26,7 @@ from tx_jax.training.step import Metrics, TrainState, init_state, make_eval_step
 from tx_jax.translate import Translation, translate
 
 __all__ = [
+    "Automaton",
     "Batch",
     "Beams",
     "Cache",
@@ -74,8 +78,10 @@ __all__ = [
     "prefill",
     "prepare",
     "presets",
+    "resize_cache",
     "sample",
     "save_pretrained",
+    "stop_at",
     "stream",
     "translate",
 ]

@@ -64,6 +64,28 @@ def write(store: Array, new: Array, slots: Int[Array, "B T"]) -> Array:
     )
 
 
+def resize_cache(cache: Cache, n_slots: int, batch_size: int | None = None) -> Cache:
+    """The same keys and values in n_slots slots; each row serves batch_size / rows rows in turn (None: one).
+
+    With fewer slots than a row holds tokens, the last n_slots remain.
+
+    >>> resize_cache(init_cache(ModelConfig(), 1, 16), 40, batch_size=3).positions.shape
+    (3, 40)
+    """
+    B = len(cache.positions)
+    n_each = 1 if batch_size is None else batch_size // B
+    require(batch_size in (None, n_each * B), f"batch_size={batch_size} must be a multiple of the cache's {B} rows")
+    cache = jax.tree.map(lambda leaf: jnp.repeat(leaf, n_each, axis=0), cache)
+    kept = jnp.where(cache.positions >= cache.next_positions()[:, None] - n_slots, cache.positions, -1)
+    slots = slots_of(kept, n_slots)
+
+    def moved(leaf: Array, fill: int) -> Array:
+        return write(jnp.full((len(leaf), n_slots, *leaf.shape[2:]), fill, leaf.dtype), leaf, slots)
+
+    layers = jax.tree.map(lambda leaf: moved(leaf, 0), cache.layers)
+    return Cache(layers, moved(kept, -1))
+
+
 def to_reading_order(memory: Cache | None) -> Any:
     """A memory laid out once so that a loop's steps read it in order; `from_reading_order` is its way back.
 

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from tx_jax.data.subwords import Subwords
-from tx_jax.decoding.generate import check_tokens
+from tx_jax.decoding.prompts import check_tokens
 from tx_jax.errors import require
 from tx_jax.models import DecoderLM, Encoder
 

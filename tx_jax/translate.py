@@ -13,7 +13,8 @@ from tx_jax.cache import Cache
 from tx_jax.data.libraries import package
 from tx_jax.data.subwords import Subwords
 from tx_jax.decoding.beam import beam_search
-from tx_jax.decoding.generate import Prompt, generate, pad_prompts
+from tx_jax.decoding.generate import generate
+from tx_jax.decoding.prompts import Prompt, pad_prompts
 from tx_jax.decoding.samplers import Sampler
 from tx_jax.errors import InputError, require
 from tx_jax.models import EncoderDecoder

@@ -8,7 +8,7 @@ import io
 import itertools
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, cast
 
 import jax
@@ -19,9 +19,13 @@ from tx_jax.cache import init_cache
 from tx_jax.convert.sources import AnyTokenizer
 from tx_jax.data.chat import encode_chat
 from tx_jax.data.subwords import Subwords
+from tx_jax.data.token_bytes import token_bytes
 from tx_jax.decoding import session
-from tx_jax.decoding.generate import decode, prefill, prepare, stream
-from tx_jax.decoding.samplers import Sampler
+from tx_jax.decoding.automaton import stop_at
+from tx_jax.decoding.generate import decode, prefill
+from tx_jax.decoding.prompts import prepare
+from tx_jax.decoding.samplers import Sampler, as_arrays
+from tx_jax.decoding.stream import stream
 from tx_jax.models import DecoderLM
 
 
@@ -35,6 +39,7 @@ class Writer(NamedTuple):
     new: int | None  # at most so many tokens
     sampler: Sampler
     key: PRNGKeyArray
+    stops: tuple[str, ...] = ()  # strings that end a text, and are not shown
     prefix_lm: bool = False  # the prompt sees itself from both sides
 
     def room(self, n_tokens: int) -> int:
@@ -43,29 +48,33 @@ class Writer(NamedTuple):
         return min(500, room) if self.new is None else self.new
 
 
-def complete(writer: Writer, echo: str, tokens: np.ndarray) -> None:
-    """Print every sample when all are there. Compiling is not counted in the speeds."""
-    model, params, sampler, key = writer.model, writer.params, writer.sampler, writer.key
-    new = writer.room(tokens.shape[1])
-    padded, n_slots = prepare(model, tokens, None, new, sampler, key, None)
-    cache = init_cache(model.cfg, len(tokens), n_slots)
+def complete(writer: Writer, echo: str, ids: np.ndarray, n_samples: int) -> None:
+    """Print every sample when all are there. The prompt is read once. Compiling is not counted in the speeds."""
+    model, params, key = writer.model, writer.params, writer.key
+    new, sampler = writer.room(len(ids)), as_arrays(writer.sampler, cast(int, model.cfg.vocab_size))
+    padded, n_slots = prepare(model, ids[None], None, new, sampler, key, None)
+    cache = init_cache(model.cfg, 1, n_slots)
     fill = jax.jit(functools.partial(prefill, prefix_lm=writer.prefix_lm), static_argnums=0, donate_argnums=3)
     fill = fill.lower(model, params, padded, cache).compile()
     start = time.perf_counter()
     logits, cache = jax.block_until_ready(fill(params, padded, cache))
     filling = time.perf_counter() - start
+    logits, cache, padded = jax.tree.map(lambda leaf: np.repeat(leaf, n_samples, axis=0), (logits, cache, padded))
     loop = jax.jit(decode, static_argnums=(0, 4), donate_argnums=3)
     ends = np.array(writer.ends) if writer.ends else None
-    run = loop.lower(model, params, logits, cache, new, sampler, key, ends).compile()
+    stop = stop_at(writer.stops, token_bytes(writer.tokenizer)) if writer.stops else None
+    rest = (sampler, key, ends, None, padded, stop)
+    run = loop.lower(model, params, logits, cache, new, *rest).compile()
     start = time.perf_counter()
-    out = run(params, logits, cache, sampler, key, ends)
+    out = run(params, logits, cache, *rest)
     rows, lengths = np.asarray(out.tokens), np.asarray(out.lengths)
     decoding = time.perf_counter() - start
     for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
         if len(rows) > 1:
             print(f"--- sample {i + 1}")
-        print(echo + writer.tokenizer.decode([i for i in row[:length] if i < writer.tokenizer.vocab_size]))
-    say(f"prefill {tokens.size} tokens", tokens.size, filling)
+        text = writer.tokenizer.decode([i for i in row[:length] if i < writer.tokenizer.vocab_size])
+        print(echo + "".join(until([text], writer.stops)))
+    say(f"prefill {len(ids)} tokens", len(ids), filling)
     say(
         f"decode {lengths.sum()} tokens", int(lengths.sum()) - len(rows), decoding
     )  # each row's first came from the prefill
@@ -74,6 +83,7 @@ def complete(writer: Writer, echo: str, tokens: np.ndarray) -> None:
 def tokens_of(writer: Writer, ids: np.ndarray) -> Iterator[int]:
     """New tokens as they come, up to one that ends the text."""
     more = {"max_new_tokens": writer.room(len(ids)), "sampler": writer.sampler, "key": writer.key}
+    more["eos_id"] = writer.ends
     rows = stream(writer.model, writer.params, ids[None], prefix_lm=writer.prefix_lm, **more)
     return itertools.takewhile(lambda token: token not in writer.ends, (int(row[0]) for row in rows))
 
@@ -89,7 +99,7 @@ def show(writer: Writer, echo: str, tokens: Iterable[int]) -> str:
                 yield token
 
     print(echo, end="", flush=True)
-    for piece in writer.tokenizer.stream(clocked()):
+    for piece in until(writer.tokenizer.stream(clocked()), writer.stops):
         print(piece, end="", flush=True)
         pieces.append(piece)
     print(flush=True)
@@ -97,6 +107,25 @@ def show(writer: Writer, echo: str, tokens: Iterable[int]) -> str:
     say(f"first token after {times[min(1, n)] - times[0]:.2f} s")
     say(f"decode {n} tokens", n - 2, times[-1] - times[min(2, n)])
     return "".join(pieces)
+
+
+def until(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
+    """The text up to the first of the stop strings; what may begin one is held back.
+
+    >>> list(until(["one", " t", "wo", " three"], ["two", "e t"]))
+    ['on', '']
+    """
+    held = ""
+    for piece in pieces:
+        held += piece
+        found = [at for at in map(held.find, stops) if at >= 0]
+        if found:
+            yield held[: min(found)]
+            return
+        begun = max((n for stop in stops for n in range(1, len(stop)) if held.endswith(stop[:n])), default=0)
+        yield held[: len(held) - begun]
+        held = held[len(held) - begun :]
+    yield held
 
 
 def converse(writer: Writer, system: str | None) -> None:
@@ -108,7 +137,7 @@ def converse(writer: Writer, system: str | None) -> None:
     def answer(ids: np.ndarray) -> Iterator[int]:
         nonlocal held
         logits, held = session.read(model, params, held, ids)
-        more = {"max_new_tokens": writer.room(len(ids)), "sampler": writer.sampler}
+        more = {"max_new_tokens": writer.room(len(ids)), "sampler": writer.sampler, "eos_id": writer.ends}
         key = jax.random.fold_in(writer.key, len(said))
         for token, now in session.write(model, params, logits, held, key=key, **more):
             held = now

@@ -13,7 +13,7 @@ import pytest
 import tx_jax as tx
 from tx_jax import InputError, ModelConfig
 from tx_jax.decoding import beam as module
-from tx_jax.decoding import generate
+from tx_jax.decoding import prompts
 
 V, NEW, EOS = 11, 13, 2
 QUICK = {"xla_backend_optimization_level": 0}  # halves the time to compile, which is nearly all of the time
@@ -35,7 +35,7 @@ SOURCES = [[7, 7, 1], [3, 3, 4, 5, 6], [8]]
 
 @pytest.fixture(autouse=True)
 def small_buckets(monkeypatch):
-    monkeypatch.setattr(generate, "BUCKET", 4)  # so that a window's cache has fewer slots than there are tokens
+    monkeypatch.setattr(prompts, "BUCKET", 4)  # so that a window's cache has fewer slots than there are tokens
 
 
 @functools.cache
@@ -322,7 +322,7 @@ def test_a_memory_serves_the_rows_of_each_sentence_in_turn():
 
 
 def test_a_new_length_penalty_or_prompt_length_compiles_nothing(monkeypatch):
-    monkeypatch.setattr(generate, "BUCKET", 64)
+    monkeypatch.setattr(prompts, "BUCKET", 64)
     model, params = make("llama")
 
     def call(length, alpha, **more):

@@ -12,6 +12,7 @@ import pytest
 import tx_jax as tx
 from tx_jax import InputError, ModelConfig, Sampler
 from tx_jax.decoding import generate as module
+from tx_jax.decoding import prompts
 
 V, NEW, WINDOW = 11, 13, 3
 GPT2 = ModelConfig(
@@ -24,6 +25,7 @@ CONFIGS = {
     "vaswani": replace(GPT2, positions="sinusoidal", stack="encoder_decoder"),
 }
 PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7, 10]]
+NUMBERS = ("temperature", "top_k", "top_p", "min_p")
 SAMPLED = Sampler(temperature=1.5)
 KEY = jax.random.key(5)
 
@@ -62,7 +64,7 @@ def greedy(name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_greedy_is_the_likeliest_after_a_whole_forward(name, monkeypatch):
-    monkeypatch.setattr(module, "BUCKET", 4)  # so that the ring of a window has fewer slots than there are tokens
+    monkeypatch.setattr(prompts, "BUCKET", 4)  # so that the ring of a window has fewer slots than there are tokens
     result = generate(name)
     np.testing.assert_array_equal(result.tokens, greedy(name))
     assert len(np.unique(greedy(name))) > 3
@@ -142,7 +144,13 @@ def test_a_new_number_or_prompt_length_compiles_nothing():
     def call(length, seed, eos_id, *numbers):
         prompt = np.ones((2, length), np.int32)
         tx.generate(
-            model, params, prompt, max_new_tokens=5, sampler=Sampler(*numbers), key=jax.random.key(seed), eos_id=eos_id
+            model,
+            params,
+            prompt,
+            max_new_tokens=5,
+            sampler=Sampler(**dict(zip(NUMBERS, numbers, strict=True))),
+            key=jax.random.key(seed),
+            eos_id=eos_id,
         )
 
     call(3, 0, 1, 0.5, 3, 0.9, 0.1)
@@ -178,7 +186,7 @@ REFUSED = [  # (a change of the arguments, the error)
       for row in ([-1, 0], [1, 2], [-1, -1])),
     ({"sampler": SAMPLED}, "sampling needs key=jax.random.key(seed); without a temperature it is greedy"),
     ({"sampler": Sampler(top_k=2, min_p=0.1)}, "top_k, min_p without a temperature above 0 would be ignored"),
-    ({"sampler": Sampler(temperature=-1.0), "key": KEY}, "temperature=-1.0 must be positive"),
+    ({"sampler": Sampler(temperature=-1.0), "key": KEY}, "temperature=-1.0 must be at least 0, which is"),
     ({"memory": tx.init_cache(CONFIGS["llama"], 1, 2)}, "memory is for an encoder-decoder; a decoder-only model"),
 ]  # fmt: skip
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from tx_jax import InputError, Sampler, sample
-from tx_jax.decoding.samplers import check_sampler, keep_min_p, keep_top_k, keep_top_p
+from tx_jax.decoding.rules import keep_min_p, keep_top_k, keep_top_p
+from tx_jax.decoding.samplers import check_sampler
 
 V = 7
 LOGITS = hnp.arrays(np.float32, (2, V), elements=st.integers(-40, 40).map(lambda n: n / 8))  # so that ties are common
@@ -107,15 +108,18 @@ def test_a_token_is_a_function_of_the_key():
 
 def test_a_new_number_compiles_nothing():
     compiled = jax.jit(lambda logits, sampler, key: sample(logits, sampler, key))
-    for numbers in ((0.5, 3, 0.9, 0.1), (2.0, 5, 0.2, 0.7)):
-        compiled(jnp.zeros((2, V)), Sampler(*numbers), jax.random.key(0))
+    for t, k, p, least in ((0.5, 3, 0.9, 0.1), (2.0, 5, 0.2, 0.7)):
+        compiled(jnp.zeros((2, V)), Sampler(temperature=t, top_k=k, top_p=p, min_p=least), jax.random.key(0))
     assert compiled._cache_size() == 1
 
 
 REFUSED = {
-    Sampler(temperature=0.0): r"^temperature=0.0 must be positive; leave it out \(None\) for greedy$",
-    Sampler(temperature=-1): r"^temperature=-1 must be positive",
-    Sampler(temperature=1.0, top_k=0): r"^top_k=0 must be at least 1; leave it out \(None\) to keep all$",
+    Sampler(temperature=-1): r"^temperature=-1 must be at least 0, which is greedy, and finite$",
+    Sampler(temperature=float("nan")): r"^temperature=nan must be at least 0, which is greedy, and finite$",
+    Sampler(temperature=1.0, top_k=1.5): r"^top_k=1.5 must be a whole number, at least 1; leave it out",
+    Sampler(
+        temperature=1.0, top_k=0
+    ): r"^top_k=0 must be a whole number, at least 1; leave it out \(None\) to keep all$",
     Sampler(temperature=1.0, top_p=0.0): r"^top_p=0.0 must be in \(0, 1\]; leave it out \(None\) to keep all$",
     Sampler(temperature=1.0, top_p=1.5): r"^top_p=1.5 must be in \(0, 1\]",
     Sampler(temperature=1.0, min_p=-0.1): r"^min_p=-0.1 must be in \[0, 1\]; leave it out \(None\) to keep all$",
@@ -123,9 +127,9 @@ REFUSED = {
 }
 
 
-def test_one_number_for_all_rows():
-    with pytest.raises(InputError, match=r"^top_k=\[1 2 3\] must be one number, for all rows$"):
-        check_sampler(Sampler(temperature=1.0, top_k=jnp.array([1, 2, 3])))
+def test_one_number_for_all_rows_or_one_for_each():
+    with pytest.raises(InputError, match=r"^top_k=\[1 2 3\] must be one number for all rows, or one for each of 2$"):
+        check_sampler(Sampler(temperature=1.0, top_k=jnp.array([1, 2, 3])), n_rows=2)
     with pytest.raises(InputError, match=r"^top_p=-1.0 must be in \(0, 1\]"):
         check_sampler(Sampler(temperature=1.0, top_p=np.float32(-1)))
 

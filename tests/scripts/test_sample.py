@@ -47,6 +47,32 @@ def test_num_samples(write):
     assert len({text[1:] for text in samples}) == 3
 
 
+def test_a_text_stops_before_the_first_stop_string(write):
+    """Whole or streamed, and each sample at its own place; a stop string that never comes changes nothing."""
+    flags = ("--prompt", "the", "--seed", "3")
+    whole = write(*flags, n=40)
+    stop = next(whole[i : i + 2] for i in range(10, 40) if whole.index(whole[i : i + 2], 2) == i)
+    for streamed in ([], ["--stream"]):
+        assert write(*flags, "--stop", stop, "zzz", *streamed, n=40) == whole[: whole.index(stop, 3)] + "\n"
+        assert write(*flags, "--stop", "zzz", *streamed, n=40) == whole
+    many = (*flags, "--num-samples", "3")
+    _, *free = write(*many, n=40).split("--- sample ")
+    _, *stopped = write(*many, "--stop", " ", n=40).split("--- sample ")
+    assert [text[:5] + text[5:-1].split(" ")[0] + "\n" for text in free] == stopped
+
+
+def test_penalties_change_the_text_and_their_neutral_numbers_do_not(write):
+    greedy = write("--temperature", "0", n=40)
+    neutral = ("--repetition-penalty", "1", "--presence-penalty", "0", "--no-repeat-ngram", "0")
+    assert write("--temperature", "0", *neutral, n=40) == greedy
+    free_of_repeats = write("--temperature", "0", "--no-repeat-ngram", "4", "--prompt", "the", n=40)[:-1]
+    grams = [free_of_repeats[i : i + 4] for i in range(len(free_of_repeats) - 3)]
+    assert len(grams) == len({*grams})
+    assert write("--temperature", "0", "--repetition-penalty", "5", n=40) != greedy
+    assert write("--typical-p", "0.2") != write()
+    assert write("--epsilon-cutoff", "0.9") == write("--temperature", "0")
+
+
 @pytest.mark.parametrize("n", [1, 12])
 def test_stream_writes_the_same_text(write, n):
     assert write("--seed", "3", "--stream", n=n) == write("--seed", "3", n=n)

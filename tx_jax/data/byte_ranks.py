@@ -90,7 +90,8 @@ class TiktokenTokenizer:
         with one_line("the tokenizer cannot encode the text", "give it in smaller parts"):
             return row([*before, *self._encoding.encode(text, allowed_special=allowed, disallowed_special=())])
 
-    def _bytes(self, ids: Iterable[int], special: bool) -> Iterator[bytes]:
+    def pieces(self, ids: Iterable[int], special: bool) -> Iterator[bytes]:
+        """What each id adds to a text; special tokens their names, if asked for, or nothing."""
         names = {i: name.encode("utf-8") for i, name in self._names.items()} if special else {}
         return (names.get(i, self._tokens.get(i, b"")) for i in ids)
 
@@ -101,11 +102,11 @@ class TiktokenTokenizer:
             InputError: an id is negative, or vocab_size or more, or ids are not one row.
         """
         given = checked_ids(ids, self.vocab_size).tolist()
-        return b"".join(self._bytes(given, special)).decode("utf-8", errors="replace")
+        return b"".join(self.pieces(given, special)).decode("utf-8", errors="replace")
 
     def stream(self, ids: Iterable[SupportsIndex]) -> Iterator[str]:
         """The text of the ids as they come, each character once it is whole; joined, it is what `decode` gives."""
-        return codecs.iterdecode(self._bytes(each(ids, self.vocab_size), False), "utf-8", errors="replace")
+        return codecs.iterdecode(self.pieces(each(ids, self.vocab_size), False), "utf-8", errors="replace")
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write `tokenizer.tiktoken` and `tokenizer_config.json`, which `find_tokenizer` reads.

@@ -15,8 +15,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tx_jax.cache import Cache, from_reading_order, init_cache, to_reading_order
 from tx_jax.decoding.beam_rules import LENGTH_PENALTIES, RULES, Rules, among, check_ids, check_numbers
-from tx_jax.decoding.generate import LanguageModel, hidden_of, logits_of, prefill, prepare
-from tx_jax.decoding.samplers import Number, Sampler
+from tx_jax.decoding.generate import hidden_of, logits_of, prefill
+from tx_jax.decoding.prompts import LanguageModel, prepare
+from tx_jax.decoding.rules import Number
+from tx_jax.decoding.samplers import Sampler
 
 
 class Beams(NamedTuple):

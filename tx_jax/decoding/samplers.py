@@ -1,93 +1,200 @@
-"""From logits to a token: pure functions, and one value that says which of them apply.
+"""From logits to a token: one value that says which rules apply, and the draw.
 
 A `Sampler` is a pytree: which rules are there is static, their numbers are leaves. Changing a number compiles nothing.
 """
 
-from typing import NamedTuple, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, UInt32
 
+from tx_jax.decoding import rules
+from tx_jax.decoding.rules import Number, Text
 from tx_jax.errors import require
 
-Number = float | int | Float[Array, ""] | Int[Array, ""]
+Keys = PRNGKeyArray | Key[Array, " R"] | UInt32[Array, "R _"]  # one for all rows, or one for each
+Ids = Sequence[int] | Int[Array, "*b n"] | Int[np.ndarray, "*b n"]
 
 
 class Sampler(NamedTuple):
-    """How a token is drawn; None leaves a rule out, and Sampler() is greedy. Rules apply in this order.
+    """How a token is drawn; None leaves a rule out, and Sampler() is greedy.
 
-    >>> Sampler(temperature=0.8, top_k=40)
-    Sampler(temperature=0.8, top_k=40, top_p=None, min_p=None)
+    Rules apply in this order, which is that of transformers; of several samplers, (one, other), each in turn. A number
+    is one for all rows, or an array of one for each. A rule that would leave a row no token leaves the row as it is.
+
+    >>> Sampler(temperature=0.8, top_k=40).top_k
+    40
     """
 
-    temperature: Number | None = None  # logits are divided by it; None: the likeliest token
+    logit_bias: Mapping[int, float] | Float[Array, "*b V"] | None = None  # is added, by id
+    repetition_penalty: Number | None = None  # of tokens in the text: above 1 makes them less likely (CTRL)
+    presence_penalty: Number | None = None  # is taken from the logits of tokens that were written (OpenAI's API)
+    frequency_penalty: Number | None = None  # the same for each time
+    no_repeat_ngram: Number | None = None  # the text holds the same n tokens in a row once
+    forbidden: Ids | None = None  # ids that are not written
+    min_new_tokens: Number | None = None  # before which no text ends
+    forced: Ids | None = None  # ids that are written first
+    temperature: Number | None = None  # logits are divided by it; 0, or None: the likeliest token
     top_k: Number | None = None  # keep the k likeliest
-    top_p: Number | None = None  # keep the likeliest whose probabilities first reach p (Holtzman et al. 2020)
-    min_p: Number | None = None  # keep those at least p times as likely as the likeliest (Nguyen et al. 2024)
+    top_p: Number | None = None  # keep the likeliest whose probabilities first reach p
+    min_p: Number | None = None  # keep those at least p times as likely as the likeliest
+    typical_p: Number | None = None  # keep those of the most expected surprise whose probabilities first reach p
+    epsilon_cutoff: Number | None = None  # keep those of at least this probability
+    eta_cutoff: Number | None = None  # the same, but less where the model is unsure
 
+
+Samplers = Sampler | tuple[Sampler, ...]
+Rule = Callable[[Array, Any, Any], Array]
+RULES: dict[str, Rule] = {
+    "logit_bias": rules.bias_logits,
+    "repetition_penalty": rules.penalise_repetition,
+    "presence_penalty": rules.penalise_presence,
+    "frequency_penalty": rules.penalise_frequency,
+    "no_repeat_ngram": rules.forbid_repeats,
+    "forbidden": rules.forbid,
+    "min_new_tokens": rules.forbid_end,
+    "forced": rules.force,
+    "temperature": rules.heat,
+    "top_k": rules.keep_top_k,
+    "top_p": rules.keep_top_p,
+    "min_p": rules.keep_min_p,
+    "typical_p": rules.keep_typical,
+    "epsilon_cutoff": rules.keep_epsilon,
+    "eta_cutoff": rules.keep_eta,
+}
+OF_TEXT = tuple(RULES)[1:8]  # rules that look at what was written
+OF_DRAWS = tuple(RULES)[9:]  # rules that leave the likeliest as it is
 
 BOUNDS = {  # of each number: (test, rule)
-    "temperature": (lambda x: x > 0, "positive; leave it out (None) for greedy"),
-    "top_k": (lambda x: x >= 1, "at least 1; leave it out (None) to keep all"),
-    "top_p": (lambda x: 0 < x <= 1, "in (0, 1]; leave it out (None) to keep all"),
-    "min_p": (lambda x: 0 <= x <= 1, "in [0, 1]; leave it out (None) to keep all"),
+    "repetition_penalty": (lambda x: x > 0, "positive; 1 or None leaves it out"),
+    "presence_penalty": (np.isfinite, "finite; 0 or None leaves it out"),
+    "frequency_penalty": (np.isfinite, "finite; 0 or None leaves it out"),
+    "no_repeat_ngram": (lambda x: (x >= 0) & (np.mod(x, 1) == 0), "a whole number, at least 0, which leaves it out"),
+    "min_new_tokens": (lambda x: (x >= 0) & (np.mod(x, 1) == 0), "a whole number, at least 0"),
+    "temperature": (lambda x: (x >= 0) & np.isfinite(x), "at least 0, which is greedy, and finite"),
+    "top_k": (lambda x: (x >= 1) & (np.mod(x, 1) == 0), "a whole number, at least 1; leave it out (None) to keep all"),
+    "top_p": (lambda x: (x > 0) & (x <= 1), "in (0, 1]; leave it out (None) to keep all"),
+    "min_p": (lambda x: (x >= 0) & (x <= 1), "in [0, 1]; leave it out (None) to keep all"),
+    "typical_p": (lambda x: (x > 0) & (x <= 1), "in (0, 1]; leave it out (None) to keep all"),
+    "epsilon_cutoff": (lambda x: (x >= 0) & (x < 1), "in [0, 1); leave it out (None) to keep all"),
+    "eta_cutoff": (lambda x: (x > 0) & (x < 1), "in (0, 1); leave it out (None) to keep all"),
 }
 
 
-def check_sampler(sampler: Sampler) -> None:
-    """Hold every number of `sampler` to its bounds; traced ones cannot be seen.
+def in_turn(sampler: Samplers) -> tuple[Sampler, ...]:
+    """One sampler or several, as several."""
+    return (sampler,) if isinstance(sampler, Sampler) else sampler
+
+
+def draws(sampler: Samplers) -> bool:
+    """Whether chance has a part."""
+    return any(one.temperature is not None for one in in_turn(sampler))
+
+
+def check_sampler(sampler: Samplers, V: int | None = None, n_rows: int | None = None, ends: bool = True) -> None:
+    """Hold all numbers and ids to their bounds; traced ones cannot be seen.
+
+    Args:
+        V, n_rows, ends: ids of the vocabulary, rows that are written, and whether an id ends a text, where known.
 
     Raises:
-        InputError: a number is out of its bounds.
+        InputError: a number or an id is out of its bounds, a rule would have no effect, or no token is left.
     """
-    for name, (test, rule) in BOUNDS.items():
-        value = getattr(sampler, name)
-        if value is not None and not isinstance(value, Tracer):
-            require(np.ndim(value) == 0, f"{name}={value} must be one number, for all rows")
-            require(test(value), f"{name}={value} must be {rule}")
+    for one in in_turn(sampler):
+        for name, (test, rule) in BOUNDS.items():
+            value = getattr(one, name)
+            if value is not None:
+                fits = np.ndim(value) == 0 or (np.ndim(value) == 1 and n_rows in (None, np.shape(value)[0]))
+                shape = f"{name}={value} must be one number for all rows, or one for each of {n_rows or 'them'}"
+                require(fits, shape)
+                if not isinstance(value, Tracer):
+                    require(bool(np.all(test(np.asarray(value)))), f"{name}={value} must be {rule}")
+        for name in ("forbidden", "forced"):
+            _check_ids(name, getattr(one, name), V, n_rows)
+        _check_bias(one.logit_bias, V, n_rows)
+        require(one.min_new_tokens is None or ends, f"min_new_tokens={one.min_new_tokens} needs an eos_id; give one")
+        forbidden = () if one.forbidden is None or isinstance(one.forbidden, Tracer) else np.unique(one.forbidden)
+        left = V is None or len(forbidden) < V
+        require(left, f"forbidden holds all {V} ids of the vocabulary; leave at least one")
+    idle = [name for name in OF_DRAWS if any(getattr(one, name) is not None for one in in_turn(sampler))]
+    rule = f"{', '.join(idle)} without a temperature above 0 would be ignored; set one, such as 1.0"
+    require(draws(sampler) or not idle, rule)
 
 
-def keep_top_k(logits: Float[Array, "B V"], k: Number) -> Float[Array, "B V"]:
-    """Logits, −inf below the k-th largest of the row. Ties with it stay."""
-    largest_first = -jnp.sort(-logits, axis=-1)
-    last = jnp.clip(jnp.asarray(k), 1, logits.shape[-1]) - 1
-    return jnp.where(logits < largest_first.take(last, axis=-1)[..., None], -jnp.inf, logits)
+def _check_ids(name: str, ids: Any, V: int | None, n_rows: int | None) -> None:
+    if ids is None or isinstance(ids, Tracer):
+        return
+    array = np.asarray(ids)
+    whole = array.ndim in (1, 2) and (np.issubdtype(array.dtype, np.integer) or not array.size)
+    require(whole, f"{name}={ids!r:.60} must be a list of ids, or rows of them")
+    require(array.size, f"{name}=() holds no id; leave it out")
+    rows = array.ndim == 1 or n_rows in (None, len(array))
+    require(rows, f"{name} has {len(array)} rows, the batch {n_rows}; give one for each, or one list for all")
+    none = -1 if array.ndim == 2 else 0  # rows of several lengths are filled with −1
+    bad = array[(array < none) | (array >= (V or np.inf))]
+    require(not bad.size, f"{name} holds id {bad[:1]}; the vocabulary is 0 … {(V or 0) - 1}")
 
 
-def keep_top_p(logits: Float[Array, "B V"], p: Number) -> Float[Array, "B V"]:
-    """Logits, −inf outside the smallest set whose probability reaches p. The likeliest and ties with the last stay."""
-    largest_first = -jnp.sort(-logits, axis=-1)
-    mass = jax.nn.softmax(largest_first, axis=-1)
-    kept = jnp.cumsum(mass, axis=-1) - mass < p  # the mass before a token
-    least = jnp.where(kept, largest_first, jnp.inf).min(axis=-1, keepdims=True)
-    return jnp.where((logits < least) & (p < 1), -jnp.inf, logits)  # p = 1 keeps all, whatever the rounding
+def _check_bias(bias: Any, V: int | None, n_rows: int | None) -> None:
+    if isinstance(bias, Mapping):
+        bad = [i for i in bias if not 0 <= i < (V or np.inf)]
+        require(not bad, f"logit_bias holds id {bad[:1]}; the vocabulary is 0 … {(V or 0) - 1}")
+        require(bias, "logit_bias={} holds no id; leave it out")
+    elif bias is not None:
+        shape = np.shape(bias)
+        fits = len(shape) in (1, 2) and V in (None, shape[-1]) and (len(shape) == 1 or n_rows in (None, 1, shape[0]))
+        require(fits, f"logit_bias of shape {shape} must be ({V},), or have a row for each text")
 
 
-def keep_min_p(logits: Float[Array, "B V"], p: Number) -> Float[Array, "B V"]:
-    """Logits, −inf where the probability is below p times the largest."""
-    return jnp.where(logits < logits.max(axis=-1, keepdims=True) + jnp.log(p), -jnp.inf, logits)
+def as_arrays(sampler: Samplers, V: int) -> tuple[Sampler, ...]:
+    """The same with arrays in place of lists and mappings, so that other ids compile nothing."""
+    made = []
+    for one in in_turn(sampler):
+        if isinstance(one.logit_bias, Mapping):
+            bias = jnp.zeros(V).at[jnp.array([*one.logit_bias])].add(jnp.array([*one.logit_bias.values()]))
+            one = one._replace(logit_bias=bias)
+        ids = {name: getattr(one, name) for name in ("forbidden", "forced")}
+        given = {name: jnp.asarray(value, jnp.int32) for name, value in ids.items() if value is not None}
+        made.append(one._replace(**given))
+    return tuple(made)
 
 
-RULES = {
-    "temperature": lambda logits, t: logits / t,
-    "top_k": keep_top_k,
-    "top_p": keep_top_p,
-    "min_p": keep_min_p,
-}
-
-
-def sample(logits: Float[Array, "B V"], sampler: Sampler, key: PRNGKeyArray | None = None) -> Int[Array, " B"]:
-    """One token a row: the likeliest if sampler.temperature is None, otherwise drawn with `key`.
+def sample(
+    logits: Float[Array, "B V"], sampler: Samplers, key: Keys | None = None, text: Text | None = None
+) -> Int[Array, " B"]:
+    """One token a row: the likeliest if there is no temperature, otherwise drawn with `key`, or one for each row.
 
     >>> sample(jnp.array([[0.0, 2.0, 1.0]]), Sampler()).tolist()
     [1]
+
+    Raises:
+        InputError: a rule looks at what was written, and there is no text.
     """
-    if sampler.temperature is None:
+    for one in as_arrays(sampler, logits.shape[1]):
+        for name, rule in RULES.items():
+            value = getattr(one, name)
+            if value is not None:
+                seen = text is not None or name not in OF_TEXT
+                require(seen, f"{name} looks at what was written; give text=begin_text(tokens, positions, n_new)")
+                ruled = rule(logits, value, text)
+                logits = jnp.where((ruled > -jnp.inf).any(axis=1, keepdims=True), ruled, logits)
+    if not draws(sampler):
         return logits.argmax(axis=-1).astype(jnp.int32)
-    for name, rule in RULES.items():
-        value = getattr(sampler, name)
-        logits = logits if value is None else rule(logits, value)
-    return jax.random.categorical(cast(Array, key), logits).astype(jnp.int32)
+    draw = jax.vmap(jax.random.categorical) if is_by_row(cast(Array, key)) else jax.random.categorical
+    return draw(cast(Array, key), logits).astype(jnp.int32)
+
+
+def fold_key(key: Keys | None, i: int | Int[Array, ""]) -> Keys | None:
+    """The key of step i, or those of the rows."""
+    if key is None:
+        return None
+    return jax.vmap(jax.random.fold_in, (0, None))(key, i) if is_by_row(key) else jax.random.fold_in(key, i)
+
+
+def is_by_row(key: Keys) -> bool:
+    """Whether there is a key for each row; an old one has an axis of its own."""
+    return key.ndim == (1 if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else 2)

@@ -13,8 +13,9 @@ import numpy as np
 from jaxtyping import Array, Float, Integer, PRNGKeyArray
 
 from tx_jax.cache import Cache, init_cache
-from tx_jax.decoding.generate import BUCKET, Prompt, check_tokens, fill, steps
-from tx_jax.decoding.samplers import Sampler, check_sampler
+from tx_jax.decoding.prompts import BUCKET, Prompt, check_tokens, pad_prompts
+from tx_jax.decoding.samplers import Sampler, Samplers, check_sampler, draws
+from tx_jax.decoding.stream import fill, steps
 from tx_jax.errors import require
 from tx_jax.models import DecoderLM
 
@@ -45,13 +46,10 @@ def read(model: DecoderLM, params: dict, session: Session, ids: Ids) -> tuple[Fl
     require(len(ids) <= cfg.max_len, f"the text has {len(ids)} tokens, max_len={cfg.max_len}; begin a new one")
     shared = next((i for i, (one, other) in enumerate(zip(session.ids, ids, strict=False)) if one != other), None)
     kept = min(len(session.ids), len(ids) - 1) if shared is None else min(shared, len(ids) - 1)  # one gives logits
-    new = ids[kept:]
-    width = min(-(-len(new) // BUCKET) * BUCKET, cfg.max_len)
-    index = jnp.arange(width)
-    tokens = jnp.zeros((1, width), jnp.int32).at[0, : len(new)].set(jnp.asarray(new, jnp.int32))
-    positions = jnp.where(index < len(new), kept + index, -1)[None]
-    cache = _with_room(_cut(session.cache, kept), max(len(ids), width), cfg.max_len)
-    logits, cache = fill(model, params, Prompt(tokens, positions), cache)
+    tokens, positions = _in_bucket(ids[kept:], cfg.max_len)
+    new = Prompt(tokens, jnp.where(positions < 0, -1, kept + positions))
+    cache = _with_room(_cut(session.cache, kept), max(len(ids), tokens.shape[1]), cfg.max_len)
+    logits, cache = fill(model, params, new, cache)
     return logits, Session(ids, cache)
 
 
@@ -62,29 +60,35 @@ def write(
     session: Session,
     *,
     max_new_tokens: int,
-    sampler: Sampler = Sampler(),
+    sampler: Samplers = Sampler(),
     key: PRNGKeyArray | None = None,
+    eos_id: int | tuple[int, ...] | None = None,
 ) -> Iterator[tuple[int, Session]]:
     """New tokens, each as soon as it is there, with the session before it: what `read` gave, going on.
 
     Raises:
         InputError: a sampler's number out of bounds, or no key where one is needed.
     """
-    check_sampler(sampler)
-    require(sampler.temperature is None or key is not None, "sampling needs key=jax.random.key(seed)")
-    return _write(model, params, logits, session, max_new_tokens, sampler, key)
+    check_sampler(sampler, model.cfg.vocab_size, 1, ends=eos_id not in (None, ()))
+    require(not draws(sampler) or key is not None, "sampling needs key=jax.random.key(seed)")
+    return _write(model, params, logits, session, max_new_tokens, {"sampler": sampler, "key": key, "eos_id": eos_id})
 
 
-def _write(model, params, logits, session, max_new_tokens, sampler, key) -> Iterator[tuple[int, Session]]:
+def _write(model, params, logits, session, max_new_tokens, how) -> Iterator[tuple[int, Session]]:
     ids, max_len = session.ids, model.cfg.max_len
     n = min(max_new_tokens, max_len - len(ids))
 
     def with_room(cache: Cache) -> Cache:
         return _with_room(cache, len(ids), max_len)
 
-    for token, cache in steps(model, params, logits, session.cache, n, sampler, key, with_room=with_room):
+    text = _in_bucket(ids, max_len)
+    for token, cache in steps(model, params, logits, session.cache, text, n, with_room=with_room, **how):
         yield int(token[0]), Session(ids, cache)
         ids = (*ids, int(token[0]))
+
+
+def _in_bucket(ids: Ids, max_len: int) -> Prompt:
+    return pad_prompts([[*ids]], min(-(-len(ids) // BUCKET) * BUCKET, max_len))
 
 
 def _cut(cache: Cache, length: int) -> Cache:

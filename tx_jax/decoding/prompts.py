@@ -1,0 +1,132 @@
+"""Prompts as one batch, and what they need before anything is compiled: checks, a bucket, slots in a cache."""
+
+from collections.abc import Sequence
+from typing import NamedTuple, cast
+
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Int
+
+from tx_jax.cache import Cache
+from tx_jax.decoding.samplers import Keys, check_sampler, draws, is_by_row
+from tx_jax.errors import require
+from tx_jax.models import DecoderLM, EncoderDecoder
+
+LanguageModel = DecoderLM | EncoderDecoder
+BUCKET = 64  # prompts are padded to a multiple of this many tokens, so that few lengths are compiled
+CHUNK = 512  # tokens of a prompt that are read at a time: the memory of a longer one is that of its cache
+
+
+class Prompt(NamedTuple):
+    """Ragged prompts as one batch, padded on the right."""
+
+    tokens: Int[Array, "B T"]
+    positions: Int[Array, "B T"]  # 0, 1, 2, …; −1 on padding
+
+
+def pad_prompts(prompts: Sequence[Sequence[int]], width: int | None = None) -> Prompt:
+    """Prompts of any lengths as one batch, `width` tokens wide (None: as the longest).
+
+    >>> pad_prompts([[5, 6], [7]]).positions.tolist()
+    [[0, 1], [0, -1]]
+
+    Raises:
+        InputError: there is no prompt, or one has no token.
+    """
+    lengths = [len(prompt) for prompt in prompts]
+    require(lengths, "prompts=[]: give at least one prompt")
+    require(min(lengths), f"prompt {lengths.index(min(lengths))} has no token; a model goes on from at least one")
+    width = max(lengths) if width is None else max(width, *lengths)
+    rows = [list(prompt) + [0] * (width - len(prompt)) for prompt in prompts]
+    index = np.arange(width)
+    positions = np.where(index < np.array(lengths)[:, None], index, -1)
+    return Prompt(jnp.asarray(rows, jnp.int32), jnp.asarray(positions, jnp.int32))
+
+
+def check_tokens(tokens: Array | np.ndarray, vocab_size: int, name: str = "tokens") -> None:
+    """Hold ids to (B, T) integers in [0, vocab_size), where their values can be seen.
+
+    Raises:
+        InputError: another shape or dtype, no tokens, or an id outside of the vocabulary.
+    """
+    require(tokens.ndim == 2, f"{name}.shape={tokens.shape} must be (batch, length); wrap one row as [row]")
+    require(jnp.issubdtype(tokens.dtype, jnp.integer), f"{name}.dtype={tokens.dtype} must be an integer")
+    require(tokens.size, f"{name}.shape={tokens.shape} holds no token; give at least one a row")
+    if not isinstance(tokens, Tracer):
+        values = np.asarray(tokens)  # not tokens.min(), which inside a jit that closes over them is traced
+        low, high = int(values.min()), int(values.max())
+        bad = low if low < 0 else high
+        require(low >= 0 and high < vocab_size, f"{name} holds id {bad}; the vocabulary is 0 … {vocab_size - 1}")
+
+
+def prepare(
+    model, tokens, positions, max_new_tokens, sampler, key, memory, prefix_lm=False, n_samples=1, prefix=None, ends=True
+) -> tuple[Prompt, int]:
+    """The checked prompt, padded to its bucket, and how many cache slots it needs with what follows."""
+    cfg = model.cfg
+    tokens = jnp.asarray(tokens) if isinstance(tokens, list) else tokens
+    check_tokens(tokens, cfg.vocab_size)
+    B, T = tokens.shape
+    n_prefix, held = _check_prefix(prefix, B)
+    plain = memory is None and cfg.window is None and prefix is None
+    require(plain or not prefix_lm, _PREFIX_RULE)
+    require(max_new_tokens >= 1, f"max_new_tokens={max_new_tokens} must be at least 1")
+    require(n_samples >= 1, f"n_samples={n_samples} must be at least 1 a prompt")
+    room = cfg.max_len - held - T
+    short = f"shorten it to at most {max(cfg.max_len - held - max_new_tokens, 1)}"
+    remedy = f"ask for at most {room}, or shorten it" if room > 0 else short
+    after = f" after {held} of the prefix" if held else ""
+    rule = f"a prompt of {T} tokens{after} and max_new_tokens={max_new_tokens} exceed max_len={cfg.max_len}"
+    require(max_new_tokens <= room, f"{rule}; {remedy}")
+    check_sampler(sampler, cast(int, cfg.vocab_size), B * n_samples, ends)
+    _check_key(key, draws(sampler), B * n_samples)
+    needs_memory = isinstance(model, EncoderDecoder)
+    require(needs_memory == (memory is not None), _MEMORY_RULE[needs_memory])
+    rows = B if memory is None else memory.positions.shape[0]
+    require(rows == B, f"memory holds {rows} sources, tokens {B} rows; encode one source for each row")
+    if positions is None:
+        positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+    _check_positions(positions, (B, T))
+    bucket = BUCKET if T <= CHUNK else CHUNK
+    width = 1 if T == 1 else min(-(-T // bucket) * bucket, cfg.max_len)  # one token: as translations begin
+    pad = ((0, 0), (0, width - T))
+    prompt = Prompt(jnp.pad(tokens, pad).astype(jnp.int32), jnp.pad(positions, pad, constant_values=-1))
+    n_slots = n_prefix + width + max_new_tokens
+    return prompt, n_slots if cfg.reach is None else min(n_slots, cfg.reach + min(width, CHUNK) - 1)
+
+
+def _check_prefix(prefix: Cache | None, B: int) -> tuple[int, int]:
+    """The slots of a prefix, and the most tokens that a row of it holds, where they can be seen."""
+    if prefix is None:
+        return 0, 0
+    rows, n_slots = prefix.positions.shape
+    require(rows in (1, B), f"prefix holds {rows} rows, tokens {B}: it must have one for all, or one for each")
+    if isinstance(prefix.positions, Tracer):
+        return n_slots, 0
+    held = np.asarray(prefix.next_positions())
+    require(held.min() > 0, "prefix holds no token in some row; fill it by prefill")
+    return n_slots, int(held.max())
+
+
+def _check_key(key: Keys | None, drawn: bool, n_rows: int) -> None:
+    require(not drawn or key is not None, "sampling needs key=jax.random.key(seed); without a temperature it is greedy")
+    if key is not None and is_by_row(key):
+        require(len(key) == n_rows, f"key holds {len(key)} keys; it must be one, or one for each of {n_rows} rows")
+
+
+_PREFIX_RULE = "prefix_lm=True is for a decoder-only model that sees all, without a window; and without a prefix"
+_MEMORY_RULE = {
+    True: "memory=None: an encoder-decoder needs memory=model.apply({'params': params}, source, method='encode')",
+    False: "memory is for an encoder-decoder; a decoder-only model takes none",
+}
+
+
+def _check_positions(positions: Array | np.ndarray, shape: tuple[int, int]) -> None:
+    require(positions.shape == shape, f"positions.shape={positions.shape} must be that of tokens, {shape}")
+    if not isinstance(positions, Tracer):
+        rows = np.asarray(positions)
+        lengths = (rows >= 0).sum(axis=1, keepdims=True)
+        index = np.arange(shape[1])
+        right = (rows == np.where(index < lengths, index, -1)).all() and lengths.min() > 0
+        require(right, "positions must be 0, 1, 2, … and then −1 in each row, with a token in each; see pad_prompts")

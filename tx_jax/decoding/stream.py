@@ -1,0 +1,90 @@
+"""Tokens as they come: `decode` as a loop in Python, one compiled step a token."""
+
+import functools
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from tx_jax.cache import Cache, from_reading_order, init_cache, to_reading_order
+from tx_jax.decoding.generate import hidden_of, logits_of, prefill
+from tx_jax.decoding.prompts import BUCKET, LanguageModel, Prompt, prepare
+from tx_jax.decoding.rules import begin_text
+from tx_jax.decoding.samplers import Keys, Sampler, Samplers, as_arrays, fold_key, sample
+
+
+def stream(
+    model: LanguageModel,
+    params: dict,
+    tokens: Int[Array, "B T"] | np.ndarray,
+    positions: Int[Array, "B T"] | np.ndarray | None = None,
+    *,
+    max_new_tokens: int,
+    sampler: Samplers = Sampler(),
+    key: Keys | None = None,
+    eos_id: int | tuple[int, ...] | None = None,
+    memory: Cache | None = None,
+    prefix_lm: bool = False,
+) -> Iterator[np.ndarray]:
+    """The tokens of `generate`, (B,) at a time, each as soon as it is there. Arguments and errors are its own."""
+    ends = eos_id not in (None, ())
+    more = {"sampler": sampler, "key": key, "memory": memory}
+    prompt, n_slots = prepare(model, tokens, positions, max_new_tokens, prefix_lm=prefix_lm, ends=ends, **more)
+    cache = init_cache(model.cfg, prompt.tokens.shape[0], n_slots)
+    logits, cache = fill(model, params, prompt, cache, memory, prefix_lm)
+    return (token for token, _ in steps(model, params, logits, cache, prompt, max_new_tokens, eos_id=eos_id, **more))
+
+
+fill = functools.partial(jax.jit, static_argnums=(0, 5), donate_argnums=3)(prefill)
+
+
+def steps(
+    model: LanguageModel,
+    params: dict,
+    logits: Float[Array, "B V"],
+    cache: Cache,
+    prompt: Prompt,
+    max_new_tokens: int,
+    *,
+    sampler: Samplers,
+    key: Keys | None,
+    eos_id: int | tuple[int, ...] | None = None,
+    memory: Cache | None = None,
+    with_room: Callable[[Cache], Cache] = lambda cache: cache,
+) -> Iterator[tuple[np.ndarray, Cache]]:
+    """`decode` in Python: each token as soon as it is there, and the cache before it, which the next step takes away.
+
+    Args:
+        prompt: what rules of the sampler see of the text before.
+        with_room: what gives a cache the slot that the next token needs.
+    """
+    laid, sampler = _lay(memory), as_arrays(sampler, logits.shape[1])
+    ends = jnp.atleast_1d(jnp.asarray(() if eos_id is None else eos_id, jnp.int32))
+    text = begin_text(*prompt, -(-max_new_tokens // BUCKET) * BUCKET, ends)
+    done = jnp.zeros(len(logits), bool)
+    for i in range(max_new_tokens):
+        token, text, done = _choose(logits, text, done, sampler, key, i)
+        yield np.asarray(token), cache
+        if i + 1 == max_new_tokens or (ends.size and done.all()):  # else the cache that was given last would be gone
+            return
+        logits, cache = _advance(model, params, token, done, with_room(cache), laid)
+
+
+_lay = jax.jit(to_reading_order)
+
+
+@jax.jit
+def _choose(logits, text, done, sampler, key, i):
+    token = sample(logits, sampler, fold_key(key, i), text)
+    token = jnp.where(done, text.ends[0], token) if text.ends.size else token
+    ended = done | (token[:, None] == text.ends).any(axis=1)
+    return token, text.write(token, done), ended
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
+def _advance(model, params, token, done, cache, laid):
+    positions = jnp.where(done, -1, cache.next_positions())
+    x, cache = hidden_of(model, params, token[:, None], positions[:, None], cache, from_reading_order(laid))
+    return logits_of(model, params, x[:, 0]), cache
