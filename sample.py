@@ -45,6 +45,7 @@ class Args:
     length_penalty: float = 0.6  # α of GNMT: scores are divided by ((5 + length) / 6)^α
     truncate: bool = False  # cut sources that are longer than the model's positions; otherwise they are refused
     show_attention: str | None = None  # draw what the first translation attends to in its source, to this .png or .svg
+    perplexity: str | None = None  # how likely the model finds a text: @FILE, - or the text itself
     raw: bool = False  # go on from the prompt; otherwise a public model with a chat template answers it
     system: str | None = None  # what a chat begins with
     interactive: bool = False  # a conversation: a message a line
@@ -107,6 +108,9 @@ def main(argv: list[str]) -> None:
     if args.source is not None:
         translate_lines(args, path, source)
         return
+    if args.perplexity is not None:
+        print_perplexity(args.perplexity, path, source)
+        return
     writer, chats = prepare_writer(args, path, source.cfg, source.special_ids)
     trained = read_config(path) if run else None
     own = trained and trained.train.sample_prompt  # a text to go on from, no message
@@ -159,6 +163,17 @@ def prepare_writer(args: Args, path: Path, cfg: tx.ModelConfig, special_ids: dic
 def rules_of(args: Args) -> dict[str, Any]:
     """Those of a Sampler, by name."""
     return {name: getattr(args, name) for name in tx.Sampler._fields if hasattr(args, name)}
+
+
+def print_perplexity(given: str, path: Path, source: Source) -> None:
+    """The perplexity of a text, by windows that overlap by half."""
+    text, tokenizer, model = read_prompt(given, "perplexity"), open_tokenizer(path), tx.build(source.cfg)
+    if not isinstance(model, tx.DecoderLM) or tokenizer is None:
+        raise InputError(f"{path} is no decoder with a tokenizer; --perplexity needs one")
+    ids = tokenizer.encode(text)
+    require(len(ids) > 1, f"perplexity={given!r:.40} has {len(ids)} tokens; give a text of at least two")
+    found = tx.perplexity(model, source.load(None if is_run(path) else source.cfg.dtype, None), ids)
+    print(f"perplexity {found.perplexity:.4f} of {found.n_tokens:,} tokens, {found.nats_per_token:.4f} nats each")
 
 
 def encode(tokenizer: AnyTokenizer, text: str, ends: tuple[int, ...]) -> np.ndarray:

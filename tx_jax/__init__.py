@@ -11,6 +11,7 @@ from tx_jax.decoding.beam import Beams, beam_search
 from tx_jax.decoding.generate import Generation, decode, generate, prefill
 from tx_jax.decoding.prompts import Prompt, pad_prompts, prepare
 from tx_jax.decoding.samplers import Sampler, sample
+from tx_jax.decoding.scoring import Perplexity, perplexity, score
 from tx_jax.decoding.stream import stream
 from tx_jax.errors import InputError
 from tx_jax.lora import init_lora, merge_lora
@@ -44,6 +45,7 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "PairBatch",
+    "Perplexity",
     "Pretrained",
     "Prompt",
     "RotaryConfig",
@@ -74,6 +76,7 @@ __all__ = [
     "make_train_step",
     "merge_lora",
     "pad_prompts",
+    "perplexity",
     "pmap_step",
     "prefill",
     "prepare",
@@ -81,6 +84,7 @@ __all__ = [
     "resize_cache",
     "sample",
     "save_pretrained",
+    "score",
     "stop_at",
     "stream",
     "translate",

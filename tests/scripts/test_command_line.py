@@ -78,6 +78,7 @@ SAMPLE = {
     "{run} --no-repeat-ngram -1": "no_repeat_ngram=-1 must be a whole number, at least 0, which leaves it out",
     "{run} --min-new-tokens 3": "min_new_tokens=3 needs an eos_id; give one",
     "{run} --stop=": "stops=[''] holds an empty text, at which every text would stop; leave it out",
+    "{run} --perplexity a": "perplexity='a' has 1 tokens; give a text of at least two",
     "{run} --num-samples 0": "num_samples=0 must be at least 1; leave it out for one",
     "{run} --num-samples 2 --stream": "num_samples=2 cannot be streamed; leave out --stream, or ask for one",
     "{run} --max-new-tokens 0": "max_new_tokens=0 must be at least 1",

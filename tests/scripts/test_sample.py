@@ -2,6 +2,8 @@
 
 import pytest
 
+import tx_jax as tx
+
 
 @pytest.fixture
 def write(run, sample, capsys):
@@ -71,6 +73,17 @@ def test_penalties_change_the_text_and_their_neutral_numbers_do_not(write):
     assert write("--temperature", "0", "--repetition-penalty", "5", n=40) != greedy
     assert write("--typical-p", "0.2") != write()
     assert write("--epsilon-cutoff", "0.9") == write("--temperature", "0")
+
+
+def test_perplexity_is_that_of_the_text(run, sample, capsys, text):
+    model = tx.load_pretrained(run)
+    ids = tx.load_tokenizer(run).encode(text.read_text())[:300]
+    (text.parent / "part.txt").write_text(tx.load_tokenizer(run).decode(ids))
+    sample([str(run), "--perplexity", f"@{text.parent / 'part.txt'}"])
+    found = tx.perplexity(tx.build(model.cfg), model.params, ids)
+    says = f"perplexity {found.perplexity:.4f} of 299 tokens, {found.nats_per_token:.4f} nats each\n"
+    assert capsys.readouterr().out == says
+    assert 1 < found.perplexity < 15
 
 
 @pytest.mark.parametrize("n", [1, 12])
