@@ -6,12 +6,15 @@ from tx_jax.config import ModelConfig, RotaryConfig
 from tx_jax.convert.pretrained import save_pretrained
 from tx_jax.convert.sources import Pretrained, load_pretrained, load_tokenizer
 from tx_jax.data.batches import Batch, PairBatch
+from tx_jax.data.token_bytes import token_bytes
 from tx_jax.decoding.automaton import Automaton, stop_at
 from tx_jax.decoding.beam import Beams, beam_search
 from tx_jax.decoding.generate import Generation, decode, generate, prefill
+from tx_jax.decoding.grammar import match_json, match_regex
 from tx_jax.decoding.prompts import Prompt, pad_prompts, prepare
 from tx_jax.decoding.samplers import Sampler, sample
 from tx_jax.decoding.scoring import Perplexity, perplexity, score
+from tx_jax.decoding.speculative import Speculation, speculate
 from tx_jax.decoding.stream import stream
 from tx_jax.errors import InputError
 from tx_jax.lora import init_lora, merge_lora
@@ -51,6 +54,7 @@ __all__ = [
     "RotaryConfig",
     "RunConfig",
     "Sampler",
+    "Speculation",
     "TrainConfig",
     "TrainState",
     "Translation",
@@ -74,6 +78,8 @@ __all__ = [
     "make_optimizer",
     "make_schedule",
     "make_train_step",
+    "match_json",
+    "match_regex",
     "merge_lora",
     "pad_prompts",
     "perplexity",
@@ -85,7 +91,9 @@ __all__ = [
     "sample",
     "save_pretrained",
     "score",
+    "speculate",
     "stop_at",
     "stream",
+    "token_bytes",
     "translate",
 ]

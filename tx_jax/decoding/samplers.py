@@ -174,6 +174,15 @@ def sample(
     Raises:
         InputError: a rule looks at what was written, and there is no text.
     """
+    logits = apply_rules(logits, sampler, text)
+    if not draws(sampler):
+        return logits.argmax(axis=-1).astype(jnp.int32)
+    draw = jax.vmap(jax.random.categorical) if is_by_row(cast(Array, key)) else jax.random.categorical
+    return draw(cast(Array, key), logits).astype(jnp.int32)
+
+
+def apply_rules(logits: Float[Array, "B V"], sampler: Samplers, text: Text | None = None) -> Float[Array, "B V"]:
+    """The logits by which a token is drawn, or of which the largest is taken. Errors are those of `sample`."""
     for one in as_arrays(sampler, logits.shape[1]):
         for name, rule in RULES.items():
             value = getattr(one, name)
@@ -182,10 +191,15 @@ def sample(
                 require(seen, f"{name} looks at what was written; give text=begin_text(tokens, positions, n_new)")
                 ruled = rule(logits, value, text)
                 logits = jnp.where((ruled > -jnp.inf).any(axis=1, keepdims=True), ruled, logits)
-    if not draws(sampler):
-        return logits.argmax(axis=-1).astype(jnp.int32)
-    draw = jax.vmap(jax.random.categorical) if is_by_row(cast(Array, key)) else jax.random.categorical
-    return draw(cast(Array, key), logits).astype(jnp.int32)
+    return logits
+
+
+def probabilities(logits: Float[Array, "B V"], sampler: Samplers, text: Text | None = None) -> Float[Array, "B V"]:
+    """Those of the draw; 1 for the token that greedy decoding takes. Errors are those of `sample`."""
+    logits = apply_rules(logits, sampler, text)
+    if draws(sampler):
+        return jax.nn.softmax(logits.astype(jnp.float32))
+    return jax.nn.one_hot(logits.argmax(axis=-1), logits.shape[1], dtype=jnp.float32)
 
 
 def fold_key(key: Keys | None, i: int | Int[Array, ""]) -> Keys | None:
