@@ -25,7 +25,7 @@ RANKS = {  # of every module of the package
     "modules.block": 4,
     "models": 5,
     "decoding.prompts": 6, "decoding.generate": 7, "training.step": 6, "decoding.beam_rules": 0, "decoding.beam": 8,
-    "decoding.stream": 8, "decoding.scoring": 8, "decoding.speculative": 8,
+    "decoding.stream": 8, "decoding.scoring": 8, "decoding.speculative": 8, "decoding.engine": 8,
     "decoding.session": 9,
     "training.report": 7,
     "sentences": 7, "translate": 9, "inspect": 10,

@@ -9,6 +9,7 @@ from tx_jax.data.batches import Batch, PairBatch
 from tx_jax.data.token_bytes import token_bytes
 from tx_jax.decoding.automaton import Automaton, stop_at
 from tx_jax.decoding.beam import Beams, beam_search
+from tx_jax.decoding.engine import Written, write_all
 from tx_jax.decoding.generate import Generation, decode, generate, prefill
 from tx_jax.decoding.grammar import match_json, match_regex
 from tx_jax.decoding.prompts import Prompt, pad_prompts, prepare
@@ -58,6 +59,7 @@ __all__ = [
     "TrainConfig",
     "TrainState",
     "Translation",
+    "Written",
     "attention",
     "beam_search",
     "build",
@@ -96,4 +98,5 @@ __all__ = [
     "stream",
     "token_bytes",
     "translate",
+    "write_all",
 ]

@@ -31,13 +31,13 @@ class Generation(NamedTuple):
     cache: Cache  # of the prompt and all tokens but the last
 
 
-class _Loop(NamedTuple):
-    """The carry of `decode`."""
+class Writing(NamedTuple):
+    """Texts that are being written: the carry of a loop. Batch is axis 0 of every leaf but text.ends."""
 
-    n: Int[Array, ""]  # steps done
-    token: Int[Array, " R"]
+    token: Int[Array, " R"]  # the last one, whose keys are not in the cache yet
     cache: Cache
     text: Text
+    limit: Int[Array, " R"]  # of new tokens
     done: Bool[Array, " R"]
     state: Int[Array, " R"]  # of the automaton
     log_probs: Float[Array, "R new"]
@@ -98,48 +98,68 @@ def decode(
         prompt: what rules of the sampler are to see of the text before; None: nothing.
         The others are those of `generate`; memory may serve several rows each.
     """
-    R, new = len(logits), max_new_tokens
     ends = None if eos_id is None else jnp.atleast_1d(jnp.asarray(eos_id, jnp.int32))
-    fill = jnp.int32(0) if ends is None else ends[0]
     laid, sampler = to_reading_order(memory), as_arrays(sampler, logits.shape[1])
+    how = {"sampler": sampler, "key": key, "automaton": automaton}
+    first = begin(logits, cache, max_new_tokens, prompt, ends, **how, n_top=n_top)
 
-    def choose(loop: _Loop, logits: Array) -> _Loop:
-        here, text = jax.nn.log_softmax(logits.astype(jnp.float32)), loop.text
-        may = logits if automaton is None else automaton.keep(logits, loop.state)
-        token = jnp.where(loop.done, fill, sample(may, sampler, fold_key(key, loop.n), text))
-        chosen = jnp.where(loop.done, 0.0, jnp.take_along_axis(here, token[:, None], axis=1)[:, 0])
-        done, state = loop.done, loop.state
-        if ends is not None:
-            done |= (token[:, None] == ends).any(axis=1)
-        if automaton is not None:
-            state = jnp.where(loop.done, state, automaton.step(state, token))
-            done |= automaton.final[state]
-        top_log_probs, top_ids = jax.lax.top_k(here, n_top)
-        return loop._replace(
-            n=loop.n + 1, token=token, text=text.write(token, loop.done), done=done, state=state,
-            log_probs=loop.log_probs.at[:, loop.n].set(chosen), top_ids=loop.top_ids.at[:, loop.n].set(top_ids),
-            top_log_probs=loop.top_log_probs.at[:, loop.n].set(top_log_probs),
-        )  # fmt: skip
+    def step(writing: Writing) -> Writing:
+        return advance(model, params, writing, from_reading_order(laid), **how)
 
-    def step(loop: _Loop) -> _Loop:
-        positions = jnp.where(loop.done, -1, loop.cache.next_positions())  # a row that has ended writes nothing more
-        memory = from_reading_order(laid)
-        x, cache = hidden_of(model, params, loop.token[:, None], positions[:, None], loop.cache, memory)
-        return choose(loop._replace(cache=cache), logits_of(model, params, x[:, 0]))
+    return as_generation(jax.lax.while_loop(lambda writing: ~writing.done.all(), step, first))
 
+
+def begin(logits, cache, new, prompt=None, ends=None, limit=None, *, sampler, key, automaton=None, n_top=0) -> Writing:
+    """Texts with their first token, of which each is to have `limit` (None: new) at most."""
+    R = len(logits)
     if prompt is None:
         prompt = Prompt(jnp.zeros((R, 0), jnp.int32), jnp.zeros((R, 0), jnp.int32))
-    start = jnp.zeros(R, jnp.int32) if automaton is None else jnp.broadcast_to(automaton.start, (R,))
-    first = _Loop(
-        jnp.int32(0), jnp.zeros(R, jnp.int32), cache, begin_text(*prompt, new, ends), jnp.zeros(R, bool), start,
-        jnp.zeros((R, new)), jnp.zeros((R, new, n_top), jnp.int32), jnp.zeros((R, new, n_top)),
+    text = begin_text(prompt.tokens, prompt.positions, new, ends)
+    state = jnp.zeros(R, jnp.int32) if automaton is None else jnp.broadcast_to(automaton.start, (R,))
+    limit = jnp.full(R, new) if limit is None else limit
+    log_probs, top = jnp.zeros((R, new)), (R, new, n_top)
+    nothing = Writing(
+        jnp.zeros(R, jnp.int32), cache, text, limit, jnp.zeros(R, bool), state, log_probs,
+        jnp.zeros(top, jnp.int32), jnp.zeros(top),
     )  # fmt: skip
-    last = jax.lax.while_loop(lambda loop: (loop.n < new) & ~loop.done.all(), step, choose(first, logits))
-    text, index = last.text, jnp.arange(new)
+    return _choose(nothing, logits, sampler, key, automaton)
+
+
+def advance(model, params, writing: Writing, memory=None, *, sampler, key, automaton=None) -> Writing:
+    """Each text that is not done by one token more; of the others, the cache stays as it is, too."""
+    positions = jnp.where(writing.done, -1, writing.cache.next_positions())
+    x, cache = hidden_of(model, params, writing.token[:, None], positions[:, None], writing.cache, memory)
+    return _choose(writing._replace(cache=cache), logits_of(model, params, x[:, 0]), sampler, key, automaton)
+
+
+def _choose(writing: Writing, logits: Float[Array, "R V"], sampler, key, automaton) -> Writing:
+    text, done, state = writing.text, writing.done, writing.state
+    n, R, new = text.n_tokens - text.n_prompt, *writing.log_probs.shape
+    may = logits if automaton is None else automaton.keep(logits, state)
+    token = sample(may, sampler, fold_key(key, n), text)
+    here = jax.nn.log_softmax(logits.astype(jnp.float32))
+    chosen = jnp.take_along_axis(here, token[:, None], axis=1)[:, 0]
+    top_log_probs, top_ids = jax.lax.top_k(here, writing.top_ids.shape[2])
+    place = jnp.arange(R), jnp.where(done, new, n)  # out of range, where nothing is written
+    ended = (token[:, None] == text.ends).any(axis=1) | (n + 1 >= writing.limit)
+    if automaton is not None:
+        state = jnp.where(done, state, automaton.step(state, token))
+        ended |= automaton.final[state]
+    return writing._replace(
+        token=token, text=text.write(token, done), done=done | ended, state=state,
+        log_probs=writing.log_probs.at[place].set(chosen, mode="drop"),
+        top_ids=writing.top_ids.at[place].set(top_ids, mode="drop"),
+        top_log_probs=writing.top_log_probs.at[place].set(top_log_probs, mode="drop"),
+    )  # fmt: skip
+
+
+def as_generation(writing: Writing) -> Generation:
+    """What was written, prompts apart."""
+    text, index = writing.text, jnp.arange(writing.log_probs.shape[1])
     lengths = text.n_tokens - text.n_prompt
-    tokens = jnp.take_along_axis(text.tokens, jnp.minimum(text.n_prompt[:, None] + index, text.tokens.shape[1] - 1), 1)
-    tokens = jnp.where(index < lengths[:, None], tokens, fill)
-    return Generation(tokens, lengths, last.log_probs, last.top_ids, last.top_log_probs, last.cache)
+    tokens = jnp.take_along_axis(text.tokens, text.n_prompt[:, None] + index, axis=1, mode="clip")
+    tokens = jnp.where(index < lengths[:, None], tokens, text.ends[0] if text.ends.size else 0)
+    return Generation(tokens, lengths, writing.log_probs, writing.top_ids, writing.top_log_probs, writing.cache)
 
 
 def generate(

@@ -202,11 +202,14 @@ def probabilities(logits: Float[Array, "B V"], sampler: Samplers, text: Text | N
     return jax.nn.one_hot(logits.argmax(axis=-1), logits.shape[1], dtype=jnp.float32)
 
 
-def fold_key(key: Keys | None, i: int | Int[Array, ""]) -> Keys | None:
-    """The key of step i, or those of the rows."""
+def fold_key(key: Keys | None, n: int | Int[Array, "*R"]) -> Keys | None:
+    """The key of a step: of as many as any row has done, or for each row's key of as many as that row."""
     if key is None:
         return None
-    return jax.vmap(jax.random.fold_in, (0, None))(key, i) if is_by_row(key) else jax.random.fold_in(key, i)
+    n = jnp.asarray(n)
+    if is_by_row(key):
+        return jax.vmap(jax.random.fold_in)(key, jnp.broadcast_to(n, len(key)))
+    return jax.random.fold_in(key, n.max())
 
 
 def is_by_row(key: Keys) -> bool:
