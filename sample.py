@@ -167,12 +167,16 @@ def rules_of(args: Args) -> dict[str, Any]:
 
 def print_perplexity(given: str, path: Path, source: Source) -> None:
     """The perplexity of a text, by windows that overlap by half."""
-    text, tokenizer, model = read_prompt(given, "perplexity"), open_tokenizer(path), tx.build(source.cfg)
+    text, tokenizer, model = (
+        read_prompt(given, "perplexity"),
+        open_tokenizer(path),
+        tx.build(dataclasses.replace(source.cfg, dtype="float32")),
+    )
     if not isinstance(model, tx.DecoderLM) or tokenizer is None:
         raise InputError(f"{path} is no decoder with a tokenizer; --perplexity needs one")
     ids = tokenizer.encode(text)
     require(len(ids) > 1, f"perplexity={given!r:.40} has {len(ids)} tokens; give a text of at least two")
-    found = tx.perplexity(model, source.load(None if is_run(path) else source.cfg.dtype, None), ids)
+    found = tx.perplexity(model, source.load("float32", None), ids)
     print(f"perplexity {found.perplexity:.4f} of {found.n_tokens:,} tokens, {found.nats_per_token:.4f} nats each")
 
 

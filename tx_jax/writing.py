@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
@@ -59,7 +60,7 @@ def complete(writer: Writer, echo: str, ids: np.ndarray, n_samples: int) -> None
     start = time.perf_counter()
     logits, cache = jax.block_until_ready(fill(params, padded, cache))
     filling = time.perf_counter() - start
-    logits, cache, padded = jax.tree.map(lambda leaf: np.repeat(leaf, n_samples, axis=0), (logits, cache, padded))
+    logits, cache, padded = jax.tree.map(lambda leaf: jnp.repeat(leaf, n_samples, axis=0), (logits, cache, padded))
     loop = jax.jit(decode, static_argnums=(0, 4), donate_argnums=3)
     ends = np.array(writer.ends) if writer.ends else None
     stop = stop_at(writer.stops, token_bytes(writer.tokenizer)) if writer.stops else None

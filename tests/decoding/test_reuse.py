@@ -202,6 +202,14 @@ def test_an_automaton_says_what_may_come():
     np.testing.assert_array_equal(tokens % 2, [[(i + b) % 2 for i in range(NEW)] for b in (0, 1, 0)])
 
 
+def test_ids_beyond_the_tokenizer_do_not_come():
+    """Some models have more vectors than their tokenizer has tokens."""
+    machine = tx.stop_at(["z"], PARTS[:6])
+    free, held = (np.asarray(generate("llama", max_new_tokens=40, automaton=a).tokens) for a in (None, machine))
+    assert free.max() > 5
+    assert held.max() <= 5
+
+
 @pytest.mark.parametrize(("stops", "text"), [([], "stops=[] must be a list"), ("ab", "stops='ab' must be a list"),
                                              (["a", ""], "stops=['a', ''] holds an empty text")])  # fmt: skip
 def test_refused_stops(stops, text):

@@ -27,8 +27,9 @@ class Automaton(NamedTuple):
         return self.table[state, self.classes[token]]
 
     def keep(self, logits: Float[Array, "B V"], state: Int[Array, " B"]) -> Float[Array, "B V"]:
-        """Logits, −inf where a token may not come."""
-        return jnp.where(self.table[state][:, self.classes] >= 0, logits, -jnp.inf)
+        """Logits, −inf where a token may not come, such as one that the model has beyond its tokenizer's."""
+        may = self.table[state][:, self.classes] >= 0
+        return jnp.where(jnp.pad(may, ((0, 0), (0, logits.shape[1] - may.shape[1]))), logits, -jnp.inf)
 
 
 def from_table(table: np.ndarray, final: np.ndarray, start: int | Sequence[int] = 0) -> Automaton:

@@ -155,10 +155,7 @@ def _choose(writing: Writing, logits: Float[Array, "R V"], sampler, key, automat
 
 def as_generation(writing: Writing) -> Generation:
     """What was written, prompts apart."""
-    text, index = writing.text, jnp.arange(writing.log_probs.shape[1])
-    lengths = text.n_tokens - text.n_prompt
-    tokens = jnp.take_along_axis(text.tokens, text.n_prompt[:, None] + index, axis=1, mode="clip")
-    tokens = jnp.where(index < lengths[:, None], tokens, text.ends[0] if text.ends.size else 0)
+    tokens, lengths = writing.text.written(writing.log_probs.shape[1])
     return Generation(tokens, lengths, writing.log_probs, writing.top_ids, writing.top_log_probs, writing.cache)
 
 

@@ -29,6 +29,12 @@ class Text(NamedTuple):
         tokens = self.tokens.at[jnp.arange(len(token)), place].set(token, mode="drop")
         return self._replace(tokens=tokens, n_tokens=self.n_tokens + ~done)
 
+    def written(self, n: int) -> tuple[Int[Array, "B n"], Int[Array, " B"]]:
+        """The first n tokens after each prompt, filled up by the first of ends, or by 0; and how many there are."""
+        lengths, index = self.n_tokens - self.n_prompt, jnp.arange(n)
+        tokens = jnp.take_along_axis(self.tokens, self.n_prompt[:, None] + index, axis=1, mode="clip")
+        return jnp.where(index < lengths[:, None], tokens, self.ends[0] if self.ends.size else 0), lengths
+
 
 def begin_text(
     tokens: Int[Array, "B T"], positions: Int[Array, "B T"], n_new: int, ends: Int[Array, " n"] | None = None

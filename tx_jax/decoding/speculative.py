@@ -126,10 +126,7 @@ def _speculate(model, params, prompt, static, sampler, key, ends, draft_params):
         return jax.lax.cond(some, functools.partial(verify, n_draft), functools.partial(verify, 0), loop)
 
     last = jax.lax.while_loop(lambda loop: ~loop.done.all(), step, first)
-    lengths, index = last.text.n_tokens - last.text.n_prompt, jnp.arange(new)
-    tokens = jnp.take_along_axis(last.text.tokens, last.text.n_prompt[:, None] + index, axis=1, mode="clip")
-    fill = ends[0] if ends.size else jnp.int32(0)
-    return Speculation(jnp.where(index < lengths[:, None], tokens, fill), lengths, last.log_probs, last.n)
+    return Speculation(*last.text.written(new), last.log_probs, last.n)
 
 
 def _accept(loop: _Loop, logits, proposed, shares, sampler, keys) -> _Loop:
