@@ -1,10 +1,15 @@
 """Eight CPU devices, and shapes checked as the code runs, for every test."""
 
 import os
+from importlib.metadata import version
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"  # before jax is imported
+PATIENT = "--xla_cpu_collective_call_terminate_timeout_seconds=600"  # eight devices wait for each other on few cores
+KNOWN = tuple(map(int, version("jaxlib").split(".")[:2])) >= (0, 10)  # jaxlib ends at a flag that it does not know
+# Before jax is imported:
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + PATIENT * KNOWN
 os.environ["JAX_PLATFORMS"] = "cpu"
 
+import jax
 import pytest
 from jaxtyping import install_import_hook
 
@@ -26,3 +31,10 @@ def fetched():
             pytest.skip(str(error))
 
     return call
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs():
+    """Compiled programs end with their file: kept for the whole suite, they would take 7 GB a worker."""
+    yield
+    jax.clear_caches()

@@ -21,6 +21,7 @@ from tx_jax.errors import InputError
 from tx_jax.lora import init_lora, merge_lora
 from tx_jax.models import DecoderLM, Encoder, EncoderDecoder, build, count_params, init_params
 from tx_jax.ops.attention import attention
+from tx_jax.ops.int8 import Int8, quantize
 from tx_jax.ops.masks import Mask
 from tx_jax.parallel import jit_step, make_mesh, pmap_step
 from tx_jax.run_config import DataConfig, LoraConfig, MeshConfig, OptimConfig, RunConfig, TrainConfig
@@ -41,6 +42,7 @@ __all__ = [
     "EncoderDecoder",
     "Generation",
     "InputError",
+    "Int8",
     "LayerCache",
     "LoraConfig",
     "Mask",
@@ -89,6 +91,7 @@ __all__ = [
     "prefill",
     "prepare",
     "presets",
+    "quantize",
     "resize_cache",
     "sample",
     "save_pretrained",

@@ -12,13 +12,16 @@ from jaxtyping import Array, Float, Int
 
 from tx_jax.config import ModelConfig
 from tx_jax.errors import require
+from tx_jax.ops.int8 import Int8, to_int8
+
+CACHE_DTYPES = ("float32", "bfloat16", "int8")
 
 
 class LayerCache(NamedTuple):
     """Keys and values of one layer."""
 
-    k: Float[Array, "B S K H"]
-    v: Float[Array, "B S K Hv"]
+    k: Float[Array, "B S K H"] | Int8
+    v: Float[Array, "B S K Hv"] | Int8
 
 
 class Cache(NamedTuple):
@@ -32,8 +35,10 @@ class Cache(NamedTuple):
         return self.positions.max(axis=1) + 1
 
 
-def init_cache(cfg: ModelConfig, batch_size: int, n_slots: int | None = None) -> Cache:
-    """An empty cache of `n_slots` tokens a row (None: cfg.max_len), in the model's computation dtype.
+def init_cache(cfg: ModelConfig, batch_size: int, n_slots: int | None = None, dtype: str | None = None) -> Cache:
+    """An empty cache of `n_slots` tokens a row (None: cfg.max_len), in `dtype` (None: the model's, of computation).
+
+    "int8" keeps each head's keys and values in 8 bits and a scale: half of bfloat16's memory for heads of some width.
 
     With `cfg.window` in every layer, fewer slots than the text has tokens make a ring: position p lives in slot
     p mod n_slots. Chunks of T tokens need n_slots ≥ window + T − 1; without a window, n_slots is the longest text.
@@ -42,13 +47,19 @@ def init_cache(cfg: ModelConfig, batch_size: int, n_slots: int | None = None) ->
     (2, 16)
 
     Raises:
-        InputError: batch_size or n_slots is below 1.
+        InputError: batch_size or n_slots is below 1, or dtype is none of CACHE_DTYPES.
     """
     n_slots = cfg.max_len if n_slots is None else n_slots
     require(batch_size >= 1, f"batch_size={batch_size} must be at least 1")
     require(n_slots >= 1, f"n_slots={n_slots} must be at least 1; None gives max_len={cfg.max_len}")
-    k, v = ((batch_size, n_slots, cfg.K, width) for width in (cfg.H, cfg.Hv))
-    layers = tuple(LayerCache(jnp.zeros(k, cfg.dtype), jnp.zeros(v, cfg.dtype)) for _ in range(cfg.n_layers))
+    dtype = dtype or cfg.dtype
+    require(dtype in CACHE_DTYPES, f"dtype={dtype!r} is not one of {', '.join(CACHE_DTYPES)}")
+
+    def empty(width: int) -> Any:
+        zeros = jnp.zeros((batch_size, n_slots, cfg.K, width), dtype)
+        return Int8(zeros, jnp.zeros(zeros.shape[:-1])) if dtype == "int8" else zeros
+
+    layers = tuple(LayerCache(empty(cfg.H), empty(cfg.Hv)) for _ in range(cfg.n_layers))
     return Cache(layers, jnp.full((batch_size, n_slots), -1, jnp.int32))
 
 
@@ -57,11 +68,15 @@ def slots_of(positions: Int[Array, "B T"], n_slots: int) -> Int[Array, "B T"]:
     return jnp.where(positions >= 0, positions % n_slots, n_slots)
 
 
-def write(store: Array, new: Array, slots: Int[Array, "B T"]) -> Array:
+def write(store: Any, new: Any, slots: Int[Array, "B T"]) -> Any:
     """`store` (B, S, …) with `new` (B, T, …) at its slots; what is out of range is dropped, never clamped."""
-    return jax.vmap(lambda row, values, index: row.at[index].set(values.astype(row.dtype), mode="drop"))(
-        store, new, slots
-    )
+    if isinstance(store, Int8) and not isinstance(new, Int8):
+        new = to_int8(new)
+
+    def placed(row: Array, values: Array, index: Array) -> Array:
+        return row.at[index].set(values.astype(row.dtype), mode="drop")
+
+    return jax.tree.map(lambda leaf, values: jax.vmap(placed)(leaf, values, slots), store, new)
 
 
 def resize_cache(cache: Cache, n_slots: int, batch_size: int | None = None) -> Cache:

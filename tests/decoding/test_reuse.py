@@ -121,7 +121,6 @@ def test_a_prefix_that_does_not_fit():
     two = jax.tree.map(lambda leaf: jnp.repeat(leaf, 2, axis=0), prefix)
     for cache, new, text in (
         (two, 1, "prefix holds 2 rows, tokens 3: it must have one for all, or one for each"),
-        (empty, 1, "prefix holds no token in some row; fill it by prefill"),
         (prefix, 185, "a prompt of 9 tokens after 7 of the prefix and max_new_tokens=185 exceed max_len=200; ask for"),
     ):
         with pytest.raises(InputError, match="^" + re.escape(text)):

@@ -61,7 +61,8 @@ class Attention(nn.Module):
         Raises:
             InputError: B is no multiple of the memory's rows.
         """
-        cfg, rows = self.cfg, memory.k.shape[0]
+        cfg, (k, v) = self.cfg, (part.astype(self.cfg.dtype) for part in memory)
+        rows = len(k)
         rule = f"memory holds {rows} rows, x {x.shape[0]}"
         require(x.shape[0] % rows == 0, f"{rule}: x must have as many, or a multiple; encode one source for each row")
         q = self.q(x).reshape(*x.shape[:2], cfg.n_heads, cfg.H)
@@ -70,7 +71,7 @@ class Attention(nn.Module):
         drop = cfg.attention_dropout_rate > 0 and not deterministic
         one_by_one = rows < x.shape[0] <= MOST * rows and x.shape[1] == 1 and jax.default_backend() == "cpu"
         heads = attention(
-            q.reshape(rows, -1, *q.shape[2:]), *memory, plan.mask, plan.bias,
+            q.reshape(rows, -1, *q.shape[2:]), k, v, plan.mask, plan.bias,
             scale=cfg.attention_scale,
             soft_cap=cfg.attention_soft_cap,
             dropout_rate=cfg.attention_dropout_rate,

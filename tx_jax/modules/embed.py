@@ -3,6 +3,7 @@
 from typing import cast
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -27,11 +28,12 @@ class Embed(nn.Module):
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """The vectors of tokens, × √D if cfg.scale_embeddings. Ids must be in [0, V)."""
         scale = self.cfg.d_model**0.5 if self.cfg.scale_embeddings else 1.0
-        return self.table.astype(self.cfg.dtype)[tokens] * jnp.asarray(scale, self.cfg.dtype)
+        rows = jax.tree.map(lambda leaf: leaf[tokens], self.table)  # before the cast: of those alone
+        return rows.astype(self.cfg.dtype) * jnp.asarray(scale, self.cfg.dtype)
 
     def logits(self, x: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
         """The dot product of x with every token's vector."""
-        return product(x, self.table.astype(x.dtype), jnp.float32)
+        return product(x, self.table, x.dtype, jnp.float32)
 
 
 class Head(nn.Module):

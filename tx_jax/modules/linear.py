@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from tx_jax.config import ModelConfig
+from tx_jax.ops.int8 import Int8, int8_product
 
 BIASES = {  # which linear maps and norms have one
     "none": frozenset[str](),
@@ -28,15 +29,20 @@ TABLE_INITS = {  # of an embedding table of width D
 }
 
 
-def product(x: Float[Array, "*b I"], kernel: Float[Array, "O I"], dtype: Any) -> Float[Array, "*b O"]:
-    """x Wᵀ over the last axis, summed and given in `dtype`.
+def product(
+    x: Float[Array, "*b I"], kernel: Float[Array, "O I"] | Int8, dtype: Any, out_dtype: Any = None
+) -> Float[Array, "*b O"]:
+    """x Wᵀ over the last axis, of factors in `dtype`, summed and given in `out_dtype` (None: the same).
 
     One row a token: XLA on CPU copies the gradient of a (B, T, O) product, and recomputes it for each copy; and that of
     jaxlib 0.7 has no (B, T, O) product of bfloat16 on a CPU that has it.
     """
-    rows = x.reshape(-1, x.shape[-1])
-    y = jnp.einsum("RI,OI->RO", rows, kernel, preferred_element_type=dtype)
-    return y.reshape(*x.shape[:-1], kernel.shape[0])
+    rows, out_dtype = x.reshape(-1, x.shape[-1]).astype(dtype), out_dtype or dtype
+    if isinstance(kernel, Int8):
+        y = int8_product(rows, kernel, out_dtype)
+    else:
+        y = jnp.einsum("RI,OI->RO", rows, kernel.astype(dtype), preferred_element_type=out_dtype)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 class Linear(nn.Module):
@@ -54,7 +60,7 @@ class Linear(nn.Module):
         out_dtype = jnp.dtype(self.out_dtype or dtype)
         share = 1 / math.sqrt(2 * cfg.n_layers) if self.residual else 1.0
         kernel: Any = self.param("kernel", KERNEL_INITS[cfg.init](share), (self.features, x.shape[-1]))
-        y = product(x, kernel.astype(dtype), out_dtype)
+        y = product(x, kernel, dtype, out_dtype)
         if self.part in BIASES[cfg.biases]:
             y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(out_dtype)
         return y
