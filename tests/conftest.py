@@ -3,10 +3,9 @@
 import os
 from importlib.metadata import version
 
-PATIENT = "--xla_cpu_collective_call_terminate_timeout_seconds=600"  # eight devices wait for each other on few cores
-KNOWN = tuple(map(int, version("jaxlib").split(".")[:2])) >= (0, 10)  # jaxlib ends at a flag that it does not know
-# Before jax is imported:
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + PATIENT * KNOWN
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"  # before jax is imported
+if int(version("jaxlib").split(".")[1]) >= 10:  # earlier ones end at a flag that they do not know
+    os.environ["XLA_FLAGS"] += " --xla_cpu_collective_call_terminate_timeout_seconds=600"  # eight devices, few cores
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
