@@ -57,6 +57,8 @@ CONFIGS = {
     "gemma3": replace(
         LLAMA, window=WINDOW, window_pattern="fw", qk_norm=True, norm="rmsnorm_offset", rotary=rotary(window_base=7.0)
     ),
+    "streaming": replace(LLAMA, window=WINDOW, n_sinks=2, qk_norm=True, rotary=rotary(fraction=0.5)),
+    "streaming-alibi": replace(GPT2, positions="alibi", n_kv_heads=1, window=2, n_sinks=1),
     "gptneox": replace(
         GPT2, positions="rotary", rotary=rotary(fraction=0.25), parallel=True, tie_head=False, d_head=8, d_model=40
     ),
@@ -152,7 +154,8 @@ def test_an_output_depends_on_what_it_may_see_and_on_nothing_else(name):
         found = influence(model, stack, params, x, np.array([prefix], np.int32), memory if causal else None)
         reaches = {"w": cfg.window or T, "f": T}
         sees = [
-            (abs(t - u) < reaches[cfg.window_pattern[i % len(cfg.window_pattern)]]) & ((u <= t) | (not causal))
+            ((abs(t - u) < reaches[cfg.window_pattern[i % len(cfg.window_pattern)]]) | (u < cfg.n_sinks))
+            & ((u <= t) | (not causal))
             | (u < prefix)
             for i in range(depth)
         ]

@@ -41,7 +41,8 @@ def init_cache(cfg: ModelConfig, batch_size: int, n_slots: int | None = None, dt
     "int8" keeps each head's keys and values in 8 bits and a scale: half of bfloat16's memory for heads of some width.
 
     With `cfg.window` in every layer, fewer slots than the text has tokens make a ring: position p lives in slot
-    p mod n_slots. Chunks of T tokens need n_slots ≥ window + T − 1; without a window, n_slots is the longest text.
+    p mod n_slots, but the first cfg.n_sinks stay. Chunks of T tokens need n_slots ≥ cfg.reach + T − 1; without a
+    window, n_slots is the longest text.
 
     >>> init_cache(ModelConfig(), batch_size=2, n_slots=16).positions.shape
     (2, 16)
@@ -63,9 +64,14 @@ def init_cache(cfg: ModelConfig, batch_size: int, n_slots: int | None = None, dt
     return Cache(layers, jnp.full((batch_size, n_slots), -1, jnp.int32))
 
 
-def slots_of(positions: Int[Array, "B T"], n_slots: int) -> Int[Array, "B T"]:
-    """Where each position is written: p mod n_slots. Padding (−1) goes to n_slots, out of range, and is dropped."""
-    return jnp.where(positions >= 0, positions % n_slots, n_slots)
+def slots_of(positions: Int[Array, "B T"], n_slots: int, n_sinks: int = 0) -> Int[Array, "B T"]:
+    """Where each position is written: p mod n_slots, of the slots after n_sinks. Padding (−1) is dropped, out of range.
+
+    >>> slots_of(jnp.array([[-1, 0, 1, 2, 3, 4, 5]]), 4, n_sinks=1).tolist()
+    [[4, 0, 1, 2, 3, 1, 2]]
+    """
+    ring = n_sinks + (positions - n_sinks) % max(n_slots - n_sinks, 1)
+    return jnp.where(positions < 0, n_slots, jnp.where(positions < n_sinks, positions, ring))
 
 
 def write(store: Any, new: Any, slots: Int[Array, "B T"]) -> Any:
@@ -79,10 +85,10 @@ def write(store: Any, new: Any, slots: Int[Array, "B T"]) -> Any:
     return jax.tree.map(lambda leaf, values: jax.vmap(placed)(leaf, values, slots), store, new)
 
 
-def resize_cache(cache: Cache, n_slots: int, batch_size: int | None = None) -> Cache:
+def resize_cache(cache: Cache, n_slots: int, batch_size: int | None = None, n_sinks: int = 0) -> Cache:
     """The same keys and values in n_slots slots; each row serves batch_size / rows rows in turn (None: one).
 
-    With fewer slots than a row holds tokens, the last n_slots remain.
+    With fewer slots than a row holds tokens, the first n_sinks (those of the model's config) and the last remain.
 
     >>> resize_cache(init_cache(ModelConfig(), 1, 16), 40, batch_size=3).positions.shape
     (3, 40)
@@ -91,8 +97,9 @@ def resize_cache(cache: Cache, n_slots: int, batch_size: int | None = None) -> C
     n_each = 1 if batch_size is None else batch_size // B
     require(batch_size in (None, n_each * B), f"batch_size={batch_size} must be a multiple of the cache's {B} rows")
     cache = jax.tree.map(lambda leaf: jnp.repeat(leaf, n_each, axis=0), cache)
-    kept = jnp.where(cache.positions >= cache.next_positions()[:, None] - n_slots, cache.positions, -1)
-    slots = slots_of(kept, n_slots)
+    new = cache.positions >= cache.next_positions()[:, None] - (n_slots - n_sinks)
+    kept = jnp.where(new | (cache.positions < n_sinks), cache.positions, -1)
+    slots = slots_of(kept, n_slots, n_sinks)
 
     def moved(leaf: Array, fill: int) -> Array:
         return write(jnp.full((len(leaf), n_slots, *leaf.shape[2:]), fill, leaf.dtype), leaf, slots)

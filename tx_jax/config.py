@@ -19,6 +19,7 @@ Biases = Literal["none", "norm", "mlp", "qkv", "attention", "all"]
 Init = Literal["normal", "xavier"]
 DType = Literal["float32", "bfloat16"]
 
+HAVE_SINKS = ("none", "rotary", "rotary_pairs", "alibi", "t5")  # position schemes that know distances alone
 # Fields of ModelConfig that a run says itself of a model that RunConfig.init gives it.
 OF_THE_RUN = ("dropout_rate", "attention_dropout_rate", "dtype")
 
@@ -89,6 +90,7 @@ class ModelConfig:
     attention_scale: float | None = None  # scores × this; None: 1/√d_head (T5: 1)
     attention_soft_cap: float | None = None  # scores → cap · tanh(scores / cap) (Gemma 2)
     window: int | None = None  # tokens a query sees, itself included; None: all
+    n_sinks: int = 0  # first tokens of a text that all see beside the window, as if just before it (StreamingLLM)
     window_pattern: str = "w"  # of layers, repeated: w sees the window, f all (Gemma 2: wf)
     biases: Biases = "none"  # none | norm | mlp (+ norm) | qkv (alone) | attention (qkv, out) | all
     head_soft_cap: float | None = None  # logits → cap · tanh(logits / cap) (Gemma 2)
@@ -126,8 +128,8 @@ class ModelConfig:
 
     @property
     def reach(self) -> int | None:
-        """Tokens back that the farthest-seeing layer sees; None: all."""
-        return None if "f" in self.window_pattern else self.window
+        """Tokens that the farthest-seeing layer sees; None: all."""
+        return None if self.window is None or "f" in self.window_pattern else self.window + self.n_sinks
 
     def __post_init__(self) -> None:
         check(self)
@@ -155,6 +157,9 @@ class ModelConfig:
         require(
             pattern and not set(pattern) - set("wf"), f"window_pattern={pattern!r} must be letters w and f, such as wf"
         )
+        fits = self.reach is not None and self.attention_soft_cap is None and self.positions in HAVE_SINKS
+        needs = f"a window in every layer, no attention_soft_cap, and positions among {', '.join(HAVE_SINKS)}"
+        require(not self.n_sinks or fits, f"n_sinks={self.n_sinks} needs {needs}")
         require(self.position_offset >= 0, f"position_offset={self.position_offset} must not be negative")
         parallel = not self.parallel or self.norm_order == "pre"
         require(parallel, f"parallel=True needs norm_order='pre', not {self.norm_order!r}")

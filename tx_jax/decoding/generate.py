@@ -218,7 +218,7 @@ def _generate(model, params, prompt, static, sampler, key, eos_id, memory, prefi
     if prefix is None:
         cache = init_cache(model.cfg, B, n_slots)
     else:
-        cache = resize_cache(prefix, n_slots, B)
+        cache = resize_cache(prefix, n_slots, B, model.cfg.n_sinks)
         after = prompt.positions + cache.next_positions()[:, None]
         before = prompt._replace(positions=jnp.where(prompt.positions < 0, -1, after))
     logits, cache = prefill(model, params, before, cache, memory, prefix_lm)

@@ -5,7 +5,8 @@ from typing import NamedTuple, cast
 
 import flax.linen as nn
 import jax
-from jaxtyping import Array, Float, Int
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from tx_jax.cache import LayerCache, write
 from tx_jax.config import ModelConfig
@@ -19,6 +20,13 @@ from tx_jax.ops.positions import Rotation, rotate
 MOST = 16  # beams of a sentence that are attended one after another on a CPU: each is a product of its own to compile
 
 
+class Sinks(NamedTuple):
+    """The first tokens of a text, which are seen as if they were just before the window (Xiao et al. 2023, §3.2)."""
+
+    turn: Rotation | None  # of the queries, for these keys
+    here: Bool[Array, "b n"]  # which of the first n keys they are
+
+
 class Plan(NamedTuple):
     """What one forward pass works out once for all layers: who sees whom, and how positions enter."""
 
@@ -26,6 +34,7 @@ class Plan(NamedTuple):
     bias: Float[Array, "b N T S"] | None = None
     turn: Rotation | None = None
     slots: Int[Array, "B T"] | None = None  # where new keys go in the cache
+    sinks: Sinks | None = None
 
 
 class Attention(nn.Module):
@@ -67,11 +76,11 @@ class Attention(nn.Module):
         require(x.shape[0] % rows == 0, f"{rule}: x must have as many, or a multiple; encode one source for each row")
         q = self.q(x).reshape(*x.shape[:2], cfg.n_heads, cfg.H)
         q = self.q_norm(q) if cfg.qk_norm else q
-        q = rotate(q, plan.turn, interleaved=cfg.positions == "rotary_pairs")
+        q, bias = self._turned(q, k, plan)
         drop = cfg.attention_dropout_rate > 0 and not deterministic
         one_by_one = rows < x.shape[0] <= MOST * rows and x.shape[1] == 1 and jax.default_backend() == "cpu"
         heads = attention(
-            q.reshape(rows, -1, *q.shape[2:]), k, v, plan.mask, plan.bias,
+            q.reshape(rows, -1, *q.shape[2:]), k, v, plan.mask, bias,
             scale=cfg.attention_scale,
             soft_cap=cfg.attention_soft_cap,
             dropout_rate=cfg.attention_dropout_rate,
@@ -79,6 +88,20 @@ class Attention(nn.Module):
             impl="by_query" if one_by_one else "auto",
         )  # fmt: skip
         return self.out(heads.reshape(*x.shape[:2], -1))
+
+    def _turned(self, q: Array, k: Array, plan: Plan) -> tuple[Array, Array | None]:
+        """q turned by its position, and the bias of the scores: where keys are sinks, what another turn of q adds."""
+        pairs = self.cfg.positions == "rotary_pairs"
+        turned = rotate(q, plan.turn, interleaved=pairs)
+        if plan.sinks is None or plan.sinks.turn is None:
+            return turned, plan.bias
+        (B, T, N, H), here, K = q.shape, plan.sinks.here, k.shape[2]
+        n = here.shape[1]
+        apart = (rotate(q, plan.sinks.turn, interleaved=pairs) - turned).reshape(B, T, K, N // K, H)
+        scale = H**-0.5 if self.cfg.attention_scale is None else self.cfg.attention_scale
+        more = jnp.einsum("BTKGH,BSKH->BKGTS", apart * scale, k[:, :n], preferred_element_type=jnp.float32)
+        more = jnp.where(here[:, None, None], more.reshape(B, N, T, n), 0)
+        return turned, jnp.pad(more, ((0, 0), (0, 0), (0, 0), (0, k.shape[1] - n)))
 
     def __call__(
         self, x: Float[Array, "B T D"], plan: Plan, cache: LayerCache | None, deterministic: bool

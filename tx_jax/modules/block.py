@@ -2,7 +2,7 @@
 arguments (not causal; causal; causal with cross-attention)."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from tx_jax.cache import Cache, LayerCache, slots_of, write
 from tx_jax.config import ModelConfig
 from tx_jax.errors import require
-from tx_jax.modules.attention import Attention, Plan
+from tx_jax.modules.attention import Attention, Plan, Sinks
 from tx_jax.modules.mlp import MLP
 from tx_jax.modules.norms import make_norm
 from tx_jax.modules.positions import SCHEMES
@@ -111,17 +111,24 @@ class Stack(nn.Module):
                 positions = cache.next_positions()[:, None] + jnp.arange(T)
             positions = jnp.broadcast_to(positions, (B, T))
             _check_room(positions, cache.positions.shape[1], cfg.reach)
-            slots = slots_of(positions, cache.positions.shape[1])
+            slots = slots_of(positions, cache.positions.shape[1], cfg.n_sinks)
             k_positions = write(cache.positions, positions, slots)
         index = jnp.arange(T)[None] if positions is None else positions
         k_index = index if k_positions is None else k_positions
-        bias, plans = self.positions.bias(index, k_index), {}
+        bias, sinks, plans = self.positions.bias(index, k_index), None, {}
+        if cfg.n_sinks:
+            near = jnp.minimum(index, cast(int, cfg.reach) - 1)  # where a query is in what it sees
+            first = (k_index >= 0) & (k_index < cfg.n_sinks)
+            if bias is not None:
+                bias = jnp.where(first[:, None, None], self.positions.bias(near, k_index), bias)
+            sinks = Sinks(self.positions.turn(near, True), first if cache is None else first[:, : cfg.n_sinks])
         for kind in set(cfg.window_pattern):
             mask = Mask(
-                causal=self.causal, window=cfg.window if kind == "w" else None, prefix=prefix,
+                causal=self.causal, window=cfg.window if kind == "w" else None, n_sinks=cfg.n_sinks, prefix=prefix,
                 q_positions=positions, k_positions=k_positions, q_segments=segments, k_segments=segments,
             )  # fmt: skip
-            plans[kind] = Plan(mask, bias, self.positions.turn(index, kind == "w" and cfg.window is not None), slots)
+            turn = self.positions.turn(index, kind == "w" and cfg.window is not None)
+            plans[kind] = Plan(mask, bias, turn, slots, sinks)
         cross_plan = Plan(Mask(k_positions=None if memory is None else memory.positions))
 
         x = self.positions.add(x, index)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Int
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["q_positions", "k_positions", "q_segments", "k_segments", "prefix"],
-    meta_fields=["causal", "window"],
+    meta_fields=["causal", "window", "n_sinks"],
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mask:
@@ -30,6 +30,7 @@ class Mask:
 
     causal: bool = False  # a key at or before the query
     window: int | None = None  # at most this many keys back, the query's own included; when not causal, also ahead
+    n_sinks: int = 0  # keys at positions below this are in every window
     q_positions: Int[Array, "#B T"] | None = None
     k_positions: Int[Array, "#B S"] | None = None  # −1: no key here
     q_segments: Int[Array, "#B T"] | None = None  # packed documents: only the same number sees each other
@@ -45,7 +46,7 @@ class Mask:
         if self.causal:
             seen = k <= q
         if self.window is not None:
-            seen &= jnp.abs(q - k) < self.window
+            seen &= (jnp.abs(q - k) < self.window) | (k < self.n_sinks)
         if self.prefix is not None:
             seen |= (k < self.prefix[:, None, None]) & (q >= 0)
         if self.q_segments is not None and self.k_segments is not None:
