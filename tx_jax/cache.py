@@ -118,8 +118,8 @@ def to_reading_order(memory: Cache | None) -> Any:
     """
     if memory is None:
         return None
-    layers = tuple((k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)) for k, v in memory.layers)
-    return layers, memory.positions
+    floats: Any = memory.layers  # an encoder's output is never in 8 bits
+    return tuple((k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)) for k, v in floats), memory.positions
 
 
 def from_reading_order(laid: Any) -> Cache | None:
