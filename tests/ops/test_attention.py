@@ -12,7 +12,7 @@ import tx_jax as tx
 from tx_jax import InputError, Mask
 
 B, T, H = 2, 11, 3
-IMPLS = ["xla", "blockwise", "cached", "by_query"]
+IMPLS = ["xla", "blockwise", "cached", "chunk", "by_query"]
 POSITIONS = jnp.array([[*range(7), -1, 7, -1, -1], [-1, *range(10)]])
 SEGMENTS = jnp.array([[1] * 5 + [2] * 6, [3] * 9 + [4] * 2])
 RING = jnp.roll(POSITIONS, 3, axis=1)
@@ -93,6 +93,7 @@ def impl(request):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys.modules["tx_jax.ops.attention"], "BLOCK", 4)
         patch.setattr(sys.modules["tx_jax.ops.attention"], "LEAST", 3)
+        patch.setattr(sys.modules["tx_jax.ops.attention"], "KEYS", 3)
         yield request.param
 
 
@@ -202,5 +203,5 @@ def test_refused_shapes(text):
 
 def test_refused_impl():
     x = jnp.zeros((1, 1, 1, 2))
-    with pytest.raises(InputError, match=r"^impl='flash' is not one of auto, xla, blockwise, cached, by_query$"):
+    with pytest.raises(InputError, match=r"^impl='flash' is not one of auto, xla, blockwise, cached, chunk, by_query$"):
         tx.attention(x, x, x, impl="flash")

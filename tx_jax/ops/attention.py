@@ -35,8 +35,8 @@ def attention(
         scale: what scores are multiplied by; None is 1/√H.
         soft_cap: scores become soft_cap · tanh(scores / soft_cap).
         dropout_rate: of the weights, where dropout_key is given.
-        impl: a key of BODIES, or "auto": blockwise for more than BLOCK queries, otherwise xla; but cached on a CPU for
-            queries beside earlier keys.
+        impl: a key of BODIES, or "auto": blockwise for more than BLOCK queries, otherwise xla; but on a CPU for queries
+            beside earlier keys, chunk for more than BLOCK, otherwise cached.
 
     >>> q = k = v = jnp.ones((1, 3, 2, 4))
     >>> attention(q, k, v, Mask(causal=True)).shape
@@ -49,12 +49,17 @@ def attention(
     _check_shapes(q, k, v)
     if impl == "auto":
         cached = mask.causal and mask.k_positions is not None and q.shape[1] < k.shape[1]
-        few = "blockwise" if q.shape[1] > BLOCK else "xla"
-        impl = "cached" if cached and jax.default_backend() == "cpu" else few
+        beside = cached and jax.default_backend() == "cpu"
+        impl = AUTO[beside, q.shape[1] > BLOCK]
     require(impl in BODIES, f"impl={impl!r} is not one of auto, {', '.join(BODIES)}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     rate = 0.0 if dropout_key is None else dropout_rate
     return BODIES[impl](q, k, v, mask, bias, dropout_key, scale, soft_cap, rate)
+
+
+AUTO = {  # by whether queries are beside earlier keys on a CPU, and whether they are many
+    (False, False): "xla", (False, True): "blockwise", (True, False): "cached", (True, True): "chunk",
+}  # fmt: skip
 
 
 def _check_shapes(q: Array, k: Array, v: Array) -> None:
@@ -129,10 +134,55 @@ def _within_reach(q, k, v, mask, bias, key, scale, soft_cap, rate):
     return jax.lax.switch(enough, [first(n) for n in sizes])
 
 
+KEYS = 128  # in a block: the scores of as many queries, of all heads, stay in a core's memory
+
+
+def _by_keys(q, k, v, mask, bias, key, scale, soft_cap, rate):
+    """A block of keys at a time, up to the last that is seen: many queries over the slots of a cache.
+
+    The softmax is put together from its parts (Milakov & Gimelshein 2018, alg. 3), so that nothing is as long as S.
+    """
+    (B, T, N, H), (S, K, Hv) = q.shape, v.shape[1:]
+    q = (q * jnp.asarray(scale, q.dtype)).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    width, n_seen, least = min(KEYS, S), mask.n_keys(T, S), jnp.finfo(jnp.float32).min
+
+    def add(parts, i):
+        top, total, out = parts
+        start = jnp.minimum(i * width, S - width)  # the last block overlaps the one before, where it is not counted
+        seen = mask.columns(start, width, S).materialize(T, width) & (start + jnp.arange(width) >= i * width)
+        ks, vs = (jax.lax.dynamic_slice_in_dim(x, start, width, axis=1) for x in (k, v))
+        scores = jnp.einsum("BKGTH,BSKH->BKGTS", q, ks, preferred_element_type=jnp.float32)
+        if soft_cap is not None:
+            scores = soft_cap * jnp.tanh(scores / soft_cap)
+        if bias is not None:
+            here = jax.lax.dynamic_slice_in_dim(bias, start, width, axis=3)
+            scores += here.reshape(-1, K, N // K, T, width)
+        scores = jnp.where(seen[:, None, None], scores, least)
+        highest = jnp.maximum(top, jax.lax.stop_gradient(scores.max(axis=-1)))
+        before = jnp.exp(top - highest)
+        weights = jnp.where(seen[:, None, None], jnp.exp(scores - highest[..., None]), 0)
+        total = total * before + weights.sum(axis=-1)
+        if rate > 0:
+            kept = jax.random.bernoulli(jax.random.fold_in(key, i), 1 - rate, weights.shape)
+            weights *= kept / (1 - rate)
+        more = jnp.einsum("BKGTS,BSKH->BKGTH", weights.astype(v.dtype), vs, preferred_element_type=jnp.float32)
+        return highest, total, out * before[..., None] + more
+
+    def step(parts, i):
+        return jax.lax.cond(i * width < n_seen, add, lambda parts, i: parts, parts, i), None
+
+    rows = (B, K, N // K, T)
+    nothing = jnp.full(rows, least), jnp.zeros(rows), jnp.zeros((*rows, Hv))
+    (_, total, out), _ = jax.lax.scan(step, nothing, jnp.arange(-(-S // width)))
+    out /= jnp.where(total > 0, total, jnp.inf)[..., None]
+    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, Hv).astype(q.dtype)
+
+
 BODIES = {
     "xla": _plain,
     "blockwise": _blockwise,
     "cached": functools.partial(_blockwise, body=_within_reach),
+    "chunk": functools.partial(_blockwise, body=_by_keys, block=KEYS),
     # For a few queries over keys laid out for reading, which XLA on CPU reads at a quarter of memory's speed in a
     # product with two vectors or more, but at all of it with one (benchmarks/beam.py).
     "by_query": functools.partial(_blockwise, block=1),

@@ -63,6 +63,14 @@ class Mask:
             seen &= k <= last[:, None]
         return jnp.where(seen.any(axis=0), jnp.arange(1, k_len + 1), 0).max()
 
+    def columns(self, start: Int[Array, ""], width: int, k_len: int) -> "Mask":
+        """The description for `width` of k_len keys, from `start`, which may be traced, on."""
+        k = jnp.arange(k_len)[None] if self.k_positions is None else self.k_positions
+        k, segments = (
+            x if x is None else jax.lax.dynamic_slice_in_dim(x, start, width, axis=1) for x in (k, self.k_segments)
+        )
+        return dataclasses.replace(self, k_positions=k, k_segments=segments)
+
     def rows(self, start: int, stop: int, k_stop: int) -> "Mask":
         """The description for the queries start:stop and the keys up to k_stop."""
         q = jnp.arange(start, stop)[None] if self.q_positions is None else self.q_positions[:, start:stop]
