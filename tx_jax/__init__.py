@@ -18,6 +18,7 @@ from tx_jax.decoding.scoring import Perplexity, perplexity, score
 from tx_jax.decoding.speculative import Speculation, speculate
 from tx_jax.decoding.stream import stream
 from tx_jax.errors import InputError
+from tx_jax.fuse import fuse
 from tx_jax.lora import init_lora, merge_lora
 from tx_jax.models import DecoderLM, Encoder, EncoderDecoder, build, count_params, init_params
 from tx_jax.ops.attention import attention
@@ -69,6 +70,7 @@ __all__ = [
     "cross_entropy",
     "decode",
     "encode_text",
+    "fuse",
     "generate",
     "init_cache",
     "init_lora",

@@ -44,18 +44,23 @@ class Attention(nn.Module):
 
     def setup(self) -> None:
         cfg = self.cfg
-        self.q = Linear(cfg, cfg.n_heads * cfg.H, "qkv")
-        self.k = Linear(cfg, cfg.K * cfg.H, "qkv")
-        self.v = Linear(cfg, cfg.K * cfg.Hv, "qkv")
+        sizes = {"q": cfg.n_heads * cfg.H, "k": cfg.K * cfg.H, "v": cfg.K * cfg.Hv}
+        if self.has_variable("params", "qkv"):  # by `fuse`
+            self.qkv = Linear(cfg, sum(sizes.values()), "qkv")
+        else:
+            self.q, self.k, self.v = (Linear(cfg, size, "qkv") for size in sizes.values())
         self.out = Linear(cfg, cfg.d_model, "out", residual=True)
         if cfg.qk_norm:
             self.q_norm, self.k_norm = make_qk_norm(cfg), make_qk_norm(cfg)
 
-    def keys_values(self, x: Float[Array, "B S D"], turn: Rotation | None = None) -> LayerCache:
+    def keys_values(self, x: Float[Array, "B S D"]) -> LayerCache:
         """The keys and values of x, as a cache of S slots."""
+        return self._keys_values(self.k(x), self.v(x), None)
+
+    def _keys_values(self, k: Array, v: Array, turn: Rotation | None) -> LayerCache:
         cfg = self.cfg
-        k = self.k(x).reshape(*x.shape[:2], cfg.K, cfg.H)
-        v = self.v(x).reshape(*x.shape[:2], cfg.K, cfg.Hv)
+        k = k.reshape(*k.shape[:2], cfg.K, cfg.H)
+        v = v.reshape(*v.shape[:2], cfg.K, cfg.Hv)
         k = self.k_norm(k) if cfg.qk_norm else k
         return LayerCache(rotate(k, turn, interleaved=cfg.positions == "rotary_pairs"), v)
 
@@ -70,15 +75,18 @@ class Attention(nn.Module):
         Raises:
             InputError: B is no multiple of the memory's rows.
         """
-        cfg, (k, v) = self.cfg, (part.astype(self.cfg.dtype) for part in memory)
+        return self._attend(self.q(x), memory, plan, deterministic)
+
+    def _attend(self, q: Array, memory: LayerCache, plan: Plan, deterministic: bool) -> Array:
+        cfg, (k, v), (B, T) = self.cfg, (part.astype(self.cfg.dtype) for part in memory), q.shape[:2]
         rows = len(k)
-        rule = f"memory holds {rows} rows, x {x.shape[0]}"
-        require(x.shape[0] % rows == 0, f"{rule}: x must have as many, or a multiple; encode one source for each row")
-        q = self.q(x).reshape(*x.shape[:2], cfg.n_heads, cfg.H)
+        rule = f"memory holds {rows} rows, x {B}"
+        require(B % rows == 0, f"{rule}: x must have as many, or a multiple; encode one source for each row")
+        q = q.reshape(B, T, cfg.n_heads, cfg.H)
         q = self.q_norm(q) if cfg.qk_norm else q
         q, bias = self._turned(q, k, plan)
         drop = cfg.attention_dropout_rate > 0 and not deterministic
-        one_by_one = rows < x.shape[0] <= MOST * rows and x.shape[1] == 1 and jax.default_backend() == "cpu"
+        one_by_one = rows < B <= MOST * rows and T == 1 and jax.default_backend() == "cpu"
         heads = attention(
             q.reshape(rows, -1, *q.shape[2:]), k, v, plan.mask, bias,
             scale=cfg.attention_scale,
@@ -87,7 +95,7 @@ class Attention(nn.Module):
             dropout_key=self.make_rng("dropout") if drop else None,
             impl="by_query" if one_by_one else "auto",
         )  # fmt: skip
-        return self.out(heads.reshape(*x.shape[:2], -1))
+        return self.out(heads.reshape(B, T, -1))
 
     def _turned(self, q: Array, k: Array, plan: Plan) -> tuple[Array, Array | None]:
         """q turned by its position, and the bias of the scores: where keys are sinks, what another turn of q adds."""
@@ -107,8 +115,13 @@ class Attention(nn.Module):
         self, x: Float[Array, "B T D"], plan: Plan, cache: LayerCache | None, deterministic: bool
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         """Self-attention over x and, where there is a cache, over what it holds."""
-        new = self.keys_values(x, plan.turn)
+        cfg = self.cfg
+        if self.has_variable("params", "qkv"):
+            q, k, v = jnp.split(self.qkv(x), [cfg.n_heads * cfg.H, (cfg.n_heads + cfg.K) * cfg.H], axis=-1)
+        else:
+            q, k, v = self.q(x), self.k(x), self.v(x)
+        new = self._keys_values(k, v, plan.turn)
         if cache is not None:
             slots = cast(Array, plan.slots)  # given with every cache
             new = cache = LayerCache(write(cache.k, new.k, slots), write(cache.v, new.v, slots))
-        return self.attend(x, new, plan, deterministic), cache
+        return self._attend(q, new, plan, deterministic), cache

@@ -4,6 +4,7 @@ import math
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from tx_jax.config import ModelConfig
@@ -34,6 +35,10 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         activation, gated = ACTIVATIONS[self.cfg.mlp]
-        h = Linear(self.cfg, self.cfg.F, "mlp", name="up")(x)
-        h = activation(Linear(self.cfg, self.cfg.F, "mlp", name="gate")(x)) * h if gated else activation(h)
+        if self.has_variable("params", "gate_up"):  # by `fuse`
+            gate, h = jnp.split(Linear(self.cfg, 2 * self.cfg.F, "mlp", name="gate_up")(x), 2, axis=-1)
+        else:
+            h = Linear(self.cfg, self.cfg.F, "mlp", name="up")(x)
+            gate = Linear(self.cfg, self.cfg.F, "mlp", name="gate")(x) if gated else h
+        h = activation(gate) * h if gated else activation(h)
         return Linear(self.cfg, self.cfg.d_model, "mlp", residual=True, name="down")(h)
