@@ -1,7 +1,8 @@
-"""train.py and sample.py as functions, and one small run that every test of them shares."""
+"""train.py and sample.py as functions, and one small run and one public model that all tests of them share."""
 
 import contextlib
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -12,7 +13,14 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+import tx_jax as tx
+from tx_jax.data.subwords import SubwordTokenizer
+
 ROOT = Path(__file__).parents[2]
+TEMPLATE = (
+    "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<s>{% endif %}"
+)
+TEXT = "the cat sat on a mat and slept. " * 9
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "slept.", ""]
 TINY = """gpt-shakespeare
     --model.n-layers 1 --model.d-model 16 --model.n-heads 2 --model.max-len 64 --model.window 16
@@ -92,3 +100,23 @@ def run(train, tiny, tmp_path_factory):
     with _own_cache(tmp_path_factory):
         train([*tiny, "--run-dir", str(run_dir)])
     return run_dir
+
+
+@pytest.fixture(scope="session")
+def public(tmp_path_factory):
+    """A directory in Hugging Face's layout, of a model with large logits, that chats."""
+    directory = tmp_path_factory.mktemp("public") / "tiny"
+    tokenizer = SubwordTokenizer.train(TEXT, 300)
+    vocabulary = json.loads(tokenizer.json)
+    special = {"id": tokenizer.vocab_size, "content": "<s>", "special": True}
+    vocabulary["added_tokens"] = [special | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)]
+    tokenizer = SubwordTokenizer(json.dumps(vocabulary), special["id"], (special["id"],), TEMPLATE)
+    cfg = tx.ModelConfig(
+        vocab_size=tokenizer.vocab_size, max_len=400, d_model=24, n_layers=2, n_heads=4, mlp="swiglu", norm="rmsnorm"
+    )
+    params = tx.init_params(tx.build(cfg), jax.random.key(0))
+    params = jax.tree.map(lambda leaf: leaf * 20 if leaf.ndim > 1 else leaf, params)
+    ids = {"bos_token_id": special["id"], "eos_token_id": special["id"]}
+    tx.save_pretrained(directory, cfg, params, special_ids=ids)
+    tokenizer.save(directory)
+    return directory
