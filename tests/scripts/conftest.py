@@ -14,6 +14,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 import tx_jax as tx
+from tx_jax import batch_job
 from tx_jax.data.subwords import SubwordTokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -120,3 +121,34 @@ def public(tmp_path_factory):
     tx.save_pretrained(directory, cfg, params, special_ids=ids)
     tokenizer.save(directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def prompts(tmp_path_factory):
+    """A file of 20 prompts for that run, two thirds of them with a number of new tokens."""
+    rng, path = np.random.default_rng(3), tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    rows = [{"id": i, "prompt": TEXT[: rng.integers(1, 30)]} for i in range(20)]
+    rows = [row | ({"max_new_tokens": int(rng.integers(1, 30))} if row["id"] % 3 else {}) for row in rows]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def job(run, sample, prompts, tmp_path, capsys, monkeypatch):
+    """Does a job, and gives what it says; `refuses` has it fail, and gives why."""
+    monkeypatch.setattr(batch_job, "ROUNDS", 3)  # calls of 12 prompts: the job has several
+
+    def do(*flags, model=run, output=tmp_path / "out.jsonl", input=prompts):
+        capsys.readouterr()
+        sample([str(arg) for arg in (model, "--input", input, "--output", output, "--batch-size", 4, *flags)])
+        out, err = capsys.readouterr()
+        assert out == ""
+        return err
+
+    def refuses(*flags, **more):
+        with pytest.raises(SystemExit, match="2"):
+            do(*flags, **more)
+        return capsys.readouterr().err.removeprefix("error: ").removesuffix("\n")
+
+    do.refuses = refuses
+    return do

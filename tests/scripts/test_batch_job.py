@@ -15,45 +15,14 @@ import pytest
 import tx_jax as tx
 from tx_jax import batch_job, batch_output
 
-RNG = np.random.default_rng(3)
-PROMPTS = ["the cat sat on a mat and slept. "[: RNG.integers(1, 30)] for _ in range(20)]
-ROWS = [{"id": i, "prompt": prompt} for i, prompt in enumerate(PROMPTS)]
-ROWS = [row | {"max_new_tokens": int(RNG.integers(1, 30))} if i % 3 else row for i, row in enumerate(ROWS)]
-
-
-def lines_of(path):
-    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
-
 
 def write_rows(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
-@pytest.fixture(scope="module")
-def prompts(tmp_path_factory):
-    return write_rows(tmp_path_factory.mktemp("prompts") / "prompts.jsonl", ROWS)
-
-
-@pytest.fixture
-def job(run, sample, prompts, tmp_path, capsys, monkeypatch):
-    """Does a job, and gives what it says; `refuses` has it fail, and gives why."""
-    monkeypatch.setattr(batch_job, "ROUNDS", 3)  # calls of 12 prompts: the job has several
-
-    def do(*flags, model=run, output=tmp_path / "out.jsonl", input=prompts):
-        capsys.readouterr()
-        sample([str(arg) for arg in (model, "--input", input, "--output", output, "--batch-size", 4, *flags)])
-        out, err = capsys.readouterr()
-        assert out == ""
-        return err
-
-    def refuses(*flags, **more):
-        with pytest.raises(SystemExit, match="2"):
-            do(*flags, **more)
-        return capsys.readouterr().err.removeprefix("error: ").removesuffix("\n")
-
-    do.refuses = refuses
-    return do
+def lines_of(path):
+    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +35,11 @@ def done(run, sample, prompts, tmp_path_factory):
     return path.read_bytes(), path.with_name("out.jsonl.job").read_bytes()
 
 
-def test_lines_are_in_order_and_carry_what_was_given(done):
+def test_lines_are_in_order_and_carry_what_was_given(done, prompts):
+    rows = lines_of(prompts)
     found = [json.loads(line) for line in done[0].split(b"\n")[:-1]]
-    assert [{name: line[name] for name in row} for row, line in zip(ROWS, found, strict=True)] == ROWS
-    for row, line in zip(ROWS, found, strict=True):
+    assert [{name: line[name] for name in row} for row, line in zip(rows, found, strict=True)] == rows
+    for row, line in zip(rows, found, strict=True):
         assert [*line] == [*row, "text", "n_tokens", "finish", "log_prob"]
         most = row.get("max_new_tokens", 64 - len(row["prompt"]))  # the model has 64 positions
         assert (line["n_tokens"], len(line["text"]), line["finish"]) == (most, most, "length")
@@ -90,7 +60,7 @@ def test_each_text_is_that_of_its_prompt_alone(run, job, tmp_path):
 def test_cut_anywhere_it_goes_on_to_the_same_bytes(job, done, tmp_path):
     path = tmp_path / "out.jsonl"
     whole, beside = done
-    for at in [1, *RNG.integers(2, len(whole) - 1, 6), whole.index(b"\n") + 1, len(whole) - 1]:
+    for at in [1, *np.random.default_rng(3).integers(2, len(whole) - 1, 6), whole.index(b"\n") + 1, len(whole) - 1]:
         path.write_bytes(whole[:at])
         path.with_name("out.jsonl.job").write_bytes(beside)
         n = whole[:at].count(b"\n")
@@ -118,7 +88,7 @@ def test_killed_it_goes_on_to_the_same_bytes(run, sample, child, tmp_path):
 
 
 def test_what_differs_is_refused_and_nothing_is_lost(run, job, done, prompts, tmp_path):
-    path, whole = tmp_path / "out.jsonl", done[0]
+    path, whole, given = tmp_path / "out.jsonl", done[0], prompts.read_bytes()
     half = whole[: len(whole) // 2]
     path.write_bytes(half)
     (tmp_path / "out.jsonl.job").write_bytes(done[1])
@@ -126,7 +96,7 @@ def test_what_differs_is_refused_and_nothing_is_lost(run, job, done, prompts, tm
     assert job.refuses("--seed", 1) == f"{start}seed=0, not 1{another}"
     assert job.refuses("--stop", "a", "--top-k", 3) == f"{start}stop=[], not ['a'], top_k=None, not 3{another}"
     assert job.refuses("--step", 20) == f"{start}step=40, not 20{another}"
-    others = write_rows(tmp_path / "others.jsonl", [row | {"id": -1} for row in ROWS])
+    others = write_rows(tmp_path / "others.jsonl", [row | {"id": -1} for row in lines_of(prompts)])
     assert job.refuses(input=others).startswith(f"{start}prompts='")
     shutil.copytree(run, tmp_path / "copy")
     assert job.refuses(model=tmp_path / "copy").startswith(f"{start}model='")
@@ -147,7 +117,7 @@ def test_what_differs_is_refused_and_nothing_is_lost(run, job, done, prompts, tm
     assert job.refuses() == f"output='{path}' {says}"
     assert path.read_bytes() == b"mine"
     assert job.refuses(output=prompts) == f"output='{prompts}' {says.replace('out.jsonl', 'prompts.jsonl')}"
-    assert lines_of(prompts) == ROWS
+    assert prompts.read_bytes() == given
     assert job.refuses(output=tmp_path) == f"output='{tmp_path}' is no file; name a file, or a new one"
     none = tmp_path / "none" / "out.jsonl"
     assert job.refuses(output=none).startswith(f"output='{none}' cannot be written (No such file or directory); mend ")
@@ -224,48 +194,6 @@ def test_progress_without_a_terminal_is_lines(job, monkeypatch):
     said = job().splitlines()
     assert len(said) == 21
     assert re.fullmatch(r"text    20/20  [\d,]+ tokens/s", said[-2])
-
-
-BAD = {  # a line: what is wrong with it
-    "{": "'{' is not JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1)); mend it",
-    '{"prompt": NaN}': "'{\"prompt\": NaN}' is not JSON (Out of range float values are not JSON compliant",
-    "[" * 9999: "is not JSON (maximum recursion depth exceeded",
-    '["a"]': '[\'a\'] is no object; write one, such as {"prompt": "Once upon"}',
-    '{"text": "a"}': 'it has no prompt but text; add one, such as {"prompt": "Once upon"}',
-    "{}": "it has no prompt but nothing; add one",
-    '{"prompt": "a", "messages": []}': "it has both a prompt and messages; leave one out",
-    '{"prompt": ""}': "prompt='' must be a text of at least one character, or messages=[…] in its place",
-    '{"prompt": ["a"]}': "prompt=['a'] must be a text of at least one character",
-    '{"messages": "a"}': "messages='a' must be a text of at least one character, or messages=[…] in its place",
-    '{"messages": [{}]}': "messages are for a model with a chat template, without --raw; give a prompt",
-    '{"prompt": "a", "max_new_tokens": 0}': "max_new_tokens=0 must be a whole number, at least 1; or leave it out",
-    '{"prompt": "a", "max_new_tokens": true}': "max_new_tokens=True must be a whole number, at least 1",
-    '{"prompt": "a", "max_new_tokens": "9"}': "max_new_tokens='9' must be a whole number, at least 1",
-    '{"prompt": "a", "log_prob": 1}': "it has a field ['log_prob'], which the output is to have; rename it",
-    '{"prompt": "€"}': "character '€' at index 0 is not among the 15 of this tokenizer",
-    f'{{"prompt": "{"a" * 64}"}}': "its prompt has 64 tokens and max_new_tokens=1, max_len=64; shorten one",
-    '{"prompt": "a", "max_new_tokens": 64}': "its prompt has 1 tokens and max_new_tokens=64, max_len=64; shorten one",
-}
-
-
-@pytest.mark.parametrize("line", BAD)
-def test_a_bad_line_is_refused_before_any_work(job, tmp_path, line):
-    bad = tmp_path / "bad.jsonl"
-    bad.write_text(f'{{"prompt": "a"}}\n\n{line}\n')
-    says = job.refuses(input=bad)
-    assert says.startswith(f"line 3 of {bad}: ")
-    assert BAD[line] in says
-    assert sorted(tmp_path.iterdir()) == [bad]
-
-
-def test_a_bad_file_is_refused(job, tmp_path):
-    (tmp_path / "empty").write_bytes(b"\n")
-    rest = 'holds no prompt; write one a line, such as {"prompt": "Once upon"}'
-    assert job.refuses(input=tmp_path / "empty") == f"input='{tmp_path / 'empty'}' {rest}"
-    (tmp_path / "latin1").write_bytes('{"prompt": "é"}'.encode("latin1"))
-    assert "is not JSON ('utf-8' codec can't decode byte 0xe9" in job.refuses(input=tmp_path / "latin1")
-    says = f"input='{tmp_path / 'new'}' cannot be read (No such file or directory); name a file of lines of JSON"
-    assert job.refuses(input=tmp_path / "new") == says
 
 
 def test_prefix_lm_is_refused(run, job, tmp_path):
