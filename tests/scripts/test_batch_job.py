@@ -71,6 +71,23 @@ def test_cut_anywhere_it_goes_on_to_the_same_bytes(job, done, tmp_path):
     assert job("--batch-size", 7) == f"{path} has all 20 texts; there is nothing to do\n"  # a size of its own changes
 
 
+def test_it_goes_on_by_the_call_that_it_was_stopped_in(job, done, tmp_path, monkeypatch):
+    """Rounding may differ in another batch, so that to write only what is missing would not give the same bytes."""
+    path, calls, write_all = tmp_path / "out.jsonl", [], batch_job.write_all
+
+    def counted(model, params, prompts, *, first, **more):
+        calls.append((first, len(prompts)))
+        return write_all(model, params, prompts, first=first, **more)
+
+    monkeypatch.setattr(batch_job, "write_all", counted)
+    path.with_name("out.jsonl.job").write_bytes(done[1])
+    for n, expected in {5: [(0, 12), (12, 8)], 12: [(12, 8)], 14: [(12, 8)]}.items():
+        path.write_bytes(b"".join(done[0].splitlines(keepends=True)[:n]))
+        calls.clear()
+        job()
+        assert (calls, path.read_bytes()) == (expected, done[0])
+
+
 def test_killed_it_goes_on_to_the_same_bytes(run, sample, child, tmp_path):
     many = write_rows(tmp_path / "many.jsonl", [{"prompt": "the", "n": i} for i in range(90)])
     flags = [str(arg) for arg in (run, "--input", many, "--batch-size", 1, "--max-new-tokens", 50, "--output")]
