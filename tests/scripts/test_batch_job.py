@@ -233,8 +233,8 @@ def test_chats_are_answered(public, sample, job, tmp_path, capsys):
     sample([str(arg) for arg in (public, "--prompt", "the cat", *flags)])
     assert capsys.readouterr().out == first["text"] + "\n"
     job(*flags, "--system", "be brief", model=public, input=chat, output=tmp_path / "system")
-    first, same, _ = lines_of(tmp_path / "system")
-    assert first["text"] == same["text"] != other["text"]
+    told, same, _ = lines_of(tmp_path / "system")
+    assert told["text"] == same["text"] != first["text"]
     write_rows(chat, [{"messages": [{"role": "user"}]}])
     assert "line 1 of " in (says := job.refuses(model=public, input=chat, output=tmp_path / "new"))
     assert "messages[0]={'role': 'user'} must have texts as role and content" in says
