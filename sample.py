@@ -1,15 +1,15 @@
 """Write text with a model: `python sample.py runs/gpt-shakespeare --prompt "ROMEO:"`, `python sample.py smollm2
---interactive`, or with the directory or GGUF file of a published model; an encoder-decoder translates a --source.
+--interactive`, or with the directory or GGUF file of a published model; an encoder-decoder translates a --source. With
+--input PROMPTS.jsonl --output TEXTS.jsonl a file of prompts becomes a file of texts.
 
 Text goes to standard output, speeds to standard error.
 """
 
 import dataclasses
-import itertools
+import functools
 import math
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -18,6 +18,7 @@ import numpy as np
 import tyro
 
 import tx_jax as tx
+from tx_jax.batch_job import write_file
 from tx_jax.checkpoint import latest_step
 from tx_jax.command_line import keep_compiled, one_line_errors, parse
 from tx_jax.convert.pretrained import Source
@@ -29,7 +30,7 @@ from tx_jax.decoding.samplers import OF_DRAWS, check_sampler
 from tx_jax.errors import InputError, require
 from tx_jax.inspect import check_picture, plot_translation
 from tx_jax.run_dir import read_config
-from tx_jax.writing import Writer, complete, converse, messages, say, show, tokens_of
+from tx_jax.writing import Writer, complete, converse, encode, messages, read_lines, read_prompt, say, show, tokens_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +40,9 @@ class Args:
     # a run directory of train.py, a Hugging Face directory, a GGUF file, smollm2, or hf://ORG/NAME
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     prompt: str | None = None  # text; @FILE reads a file, - reads standard input; None: the run's sample_prompt
+    input: str | None = None  # a file of prompts, one a line: {"prompt": …, "max_new_tokens": …, what is to be kept: …}
+    output: str | None = None  # the file for their texts, in their order; the same command again goes on with it
+    batch_size: int = 16  # texts of --input that are written at a time
     source: str | None = None  # of an encoder-decoder: a line to translate; @FILE, or - for a stream of lines
     n_beams: int = 4  # of the search for a translation; --temperature 0 is greedy, more than 0 draws instead
     n_best: int = 1  # translations of a line; with their scores, if several
@@ -65,6 +69,8 @@ class Args:
     no_repeat_ngram: int | None = None  # the text holds the same n tokens in a row once
     min_new_tokens: int | None = None  # before which no text ends
     stop: tuple[str, ...] = ()  # texts at which to stop; they are not shown
+    regex: str | None = None  # whole texts that match it
+    json_schema: str | None = None  # whole texts that are JSON of this schema: a file, or JSON as it stands
     seed: int = 0
     num_samples: int = 1
     stream: bool = False  # print each token as it comes; a chat does
@@ -76,6 +82,17 @@ class Args:
         for flag in OF_SOURCES if self.source is None else ():
             given = getattr(self, flag) != getattr(type(self), flag)
             require(not given, f"--{flag.replace('_', '-')} is for a --source; give one, or leave it out")
+        for flag in OF_OTHERS if self.input is not None else ():
+            given = getattr(self, flag) != getattr(type(self), flag)
+            require(not given, f"--{flag.replace('_', '-')} is not for --input; leave one out")
+        rule = "--input and --output go together; give both, or leave both out"
+        require((self.input is None) == (self.output is None), rule)
+        sized = self.input is None and self.batch_size != 16
+        require(not sized, "--batch-size is for --input; give one, or leave it out")
+        require(self.batch_size >= 1, f"batch_size={self.batch_size} must be at least 1")
+        rules = [f"--{name.replace('_', '-')}" for name in OF_AUTOMATA if getattr(self, name) not in (None, ())]
+        require(len(rules) < 2, f"{' and '.join(rules)} cannot both say where a text ends; leave one out")
+        require(self.regex != "", "regex='' matches no text; give a pattern, or leave it out")
         streams = "--interactive" * self.interactive or "--stream" * self.stream
         require(n == 1 or not streams, f"num_samples={n} cannot be streamed; leave out {streams}, or ask for one")
         rule = f"n_beams={self.n_beams} must be at least 1, which is greedy, and n_best={self.n_best} at least 1"
@@ -94,6 +111,8 @@ OTHERS = {
     "encoder": "it writes nothing; tx.encode_text is what it is for",
 }
 OF_SOURCES = ("n_beams", "n_best", "length_penalty", "truncate", "show_attention")  # flags
+OF_OTHERS = ("prompt", "interactive", "stream", "num_samples", "perplexity", "source")  # not for --input
+OF_AUTOMATA = ("stop", "regex", "json_schema")
 DEFAULT_TEMPERATURE = {False: 0.8, True: 0.0}  # of a text that goes on, and of an answer: greedy, as in transformers
 
 
@@ -111,10 +130,22 @@ def main(argv: list[str]) -> None:
     if args.perplexity is not None:
         print_perplexity(args.perplexity, path, source)
         return
+    if args.json_schema is not None:
+        args = dataclasses.replace(args, json_schema=read_schema(args.json_schema))
     writer, chats = prepare_writer(args, path, source.cfg, source.special_ids)
     trained = read_config(path) if run else None
     own = trained and trained.train.sample_prompt  # a text to go on from, no message
     writer = writer._replace(prefix_lm=trained is not None and trained.data.objective == "prefix_lm")
+    if args.input is not None:
+        step = latest_step(path) if run and args.step is None else args.step
+        settings = dataclasses.asdict(args) | {
+            "model": str(path.resolve()),
+            "step": step,
+            "dtype": writer.model.cfg.dtype,
+        }
+        load = functools.partial(source.load, None if run else writer.model.cfg.dtype, None)
+        write_file(writer, load, settings, chats=chats)
+        return
     asked = args.interactive or said is not None or own is not None
     require(asked, f"{args.model} has no prompt of its own; give --prompt TEXT")
     ids, echo = np.zeros(0, np.int32), ""
@@ -154,10 +185,26 @@ def prepare_writer(args: Args, path: Path, cfg: tx.ModelConfig, special_ids: dic
     heat = DEFAULT_TEMPERATURE[chats and not drawn] if args.temperature is None else args.temperature
     sampler = tx.Sampler(**rules)._replace(temperature=heat or None)
     check_sampler(sampler, cfg.vocab_size, ends=bool(ends))
+    new, key, automaton = args.max_new_tokens, jax.random.key(args.seed), automaton_of(args, tokenizer, ends)
+    return Writer(model, {}, tokenizer, ends, new, sampler, key, args.stop, automaton), chats
+
+
+def automaton_of(args: Args, tokenizer: AnyTokenizer, ends: tuple[int, ...]) -> tx.Automaton | None:
+    """Where a text stops, or what it must match."""
+    if all(getattr(args, name) in (None, ()) for name in OF_AUTOMATA):
+        return None
+    words = tx.token_bytes(tokenizer)
+    ends = tuple(i for i in ends if i < len(words))
     if args.stop:
-        tx.stop_at(args.stop, [b""])  # refuses now
-    new, key = args.max_new_tokens, jax.random.key(args.seed)
-    return Writer(model, {}, tokenizer, ends, new, sampler, key, args.stop), chats
+        return tx.stop_at(args.stop, words)
+    if args.regex is not None:
+        return tx.match_regex(args.regex, words, ends)
+    return tx.match_json(cast(str, args.json_schema), words, ends)
+
+
+def read_schema(given: str) -> str:
+    """The schema that --json-schema stands for, in JSON."""
+    return given if given.lstrip().startswith("{") else read_prompt(f"@{given.removeprefix('@')}", "json_schema")
 
 
 def rules_of(args: Args) -> dict[str, Any]:
@@ -178,30 +225,6 @@ def print_perplexity(given: str, path: Path, source: Source) -> None:
     require(len(ids) > 1, f"perplexity={given!r:.40} has {len(ids)} tokens; give a text of at least two")
     found = tx.perplexity(model, source.load("float32", None), ids)
     print(f"perplexity {found.perplexity:.4f} of {found.n_tokens:,} tokens, {found.nats_per_token:.4f} nats each")
-
-
-def encode(tokenizer: AnyTokenizer, text: str, ends: tuple[int, ...]) -> np.ndarray:
-    """The ids of a text, with what the model's own texts begin with, but not with their end."""
-    ids = tokenizer.encode(text, add_special_tokens=True) if isinstance(tokenizer, Subwords) else tokenizer.encode(text)
-    return ids[:-1] if len(ids) > 1 and int(ids[-1]) in ends else ids
-
-
-def read_prompt(prompt: str, flag: str = "prompt") -> str:
-    """The text that --prompt, or another flag, stands for."""
-    try:
-        if prompt == "-":
-            data = sys.stdin.buffer.read()
-        elif prompt.startswith("@"):
-            data = Path(prompt[1:]).read_bytes()
-        else:
-            data = prompt.encode("utf-8", "surrogateescape")
-        require(data, f"{flag}={prompt!r} is empty; give at least one character")
-        return data.decode("utf-8")
-    except OSError as error:
-        raise InputError(f"{flag}={prompt!r} cannot be read ({error.strerror}); name a file after the @") from error
-    except UnicodeDecodeError as error:
-        where = f"byte 0x{error.object[error.start]:02x} at offset {error.start}"
-        raise InputError(f"{flag}={prompt!r} is not UTF-8: {where}; convert it, such as by iconv") from error
 
 
 def translate_lines(args: Args, path: Path, opened: Source) -> None:
@@ -235,8 +258,9 @@ def translate_lines(args: Args, path: Path, opened: Source) -> None:
 def prepare_translator(args: Args, path: Path, opened: Source) -> tuple[tx.EncoderDecoder, Subwords, dict[str, Any]]:
     """The model without its parameters, its tokenizer, and how they translate: arguments of tx.translate."""
     cfg, tokenizer, said, name = opened.cfg, open_tokenizer(path), opened.special_ids, f"model={args.model!r}"
-    for flag in ("prompt", "interactive", "stream", "system", "raw", "stop"):
-        require(not getattr(args, flag), f"--{flag} is for a text that goes on, not for --source; leave one out")
+    for flag in ("prompt", "interactive", "stream", "system", "raw", *OF_AUTOMATA):
+        rule = f"--{flag.replace('_', '-')} is for a text that goes on, not for --source"
+        require(not getattr(args, flag), f"{rule}; leave one out")
     require(args.num_samples == 1, f"num_samples={args.num_samples} is not for --source; give --n-best")
     require(args.n_best == 1 or args.temperature != 0, f"temperature=0 gives one translation, not n_best={args.n_best}")
     if args.show_attention is not None:
@@ -262,25 +286,6 @@ def prepare_translator(args: Args, path: Path, opened: Source) -> tuple[tx.Encod
     }  # fmt: skip
     fast = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return cast(tx.EncoderDecoder, tx.build(dataclasses.replace(cfg, dtype=fast))), tokenizer, how
-
-
-CHUNK = 1024  # lines of a stream that are read before any is translated, so that like lengths go together
-
-
-def read_lines(source: str) -> Iterator[tuple[int, list[str]]]:
-    """The lines that --source stands for, CHUNK at a time, one by one from a terminal; and the first one's number."""
-    if source != "-":
-        lines = read_prompt(source, "source").removeprefix("\ufeff").removesuffix("\n").split("\n")
-        yield 1, [line.removesuffix("\r") for line in lines]
-        return
-    first, n = 1, 1 if sys.stdin.isatty() else CHUNK
-    while lines := list(itertools.islice(sys.stdin.buffer, n)):
-        for number, line in enumerate(lines, first):
-            rule = f"line {number} of standard input is not UTF-8"
-            require(line.decode("utf-8", "ignore").encode() == line, f"{rule}; convert it, such as by iconv")
-        texts = [line.decode("utf-8").rstrip("\r\n") for line in lines]
-        yield first, [text.removeprefix("\ufeff") if number == 1 else text for number, text in enumerate(texts, first)]
-        first += len(lines)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ RANKS = {  # of every module of the package
     "convert.layouts": 0, "convert.gguf": 1, "convert.fields": 1, "convert.mapping": 6, "convert.family": 7,
     "convert.decoders": 8, "convert.encoders": 8, "convert.gguf_models": 8, "convert.pretrained": 9,
     "convert.sources": 10, "convert.__main__": 11, "training.start": 11, "writing": 11,
-    "training.tasks": 12, "training.loop": 13,
+    "batch_output": 3, "batch_input": 12, "batch_job": 13, "training.tasks": 12, "training.loop": 13,
     "": 11,  # the public surface
 }  # fmt: skip
 PURE = ["training.losses", "decoding.rules", "decoding.automaton", *(name for name in RANKS if name.startswith("ops."))]

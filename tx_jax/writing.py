@@ -1,4 +1,5 @@
-"""What sample.py prints of a language model: whole texts with their speeds, a text as it comes, a conversation.
+"""What sample.py reads, and what it prints of a language model: whole texts with their speeds, a text as it comes, a
+conversation.
 
 Text goes to standard output, speeds to standard error.
 """
@@ -9,6 +10,7 @@ import itertools
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple, cast
 
 import jax
@@ -20,13 +22,13 @@ from tx_jax.cache import init_cache
 from tx_jax.convert.sources import AnyTokenizer
 from tx_jax.data.chat import encode_chat
 from tx_jax.data.subwords import Subwords
-from tx_jax.data.token_bytes import token_bytes
 from tx_jax.decoding import session
-from tx_jax.decoding.automaton import stop_at
+from tx_jax.decoding.automaton import Automaton
 from tx_jax.decoding.generate import decode, prefill
 from tx_jax.decoding.prompts import prepare
 from tx_jax.decoding.samplers import Sampler, as_arrays
 from tx_jax.decoding.stream import stream
+from tx_jax.errors import InputError, require
 from tx_jax.models import DecoderLM
 
 
@@ -41,6 +43,7 @@ class Writer(NamedTuple):
     sampler: Sampler
     key: PRNGKeyArray
     stops: tuple[str, ...] = ()  # strings that end a text, and are not shown
+    automaton: Automaton | None = None  # where a text stops, or what it must match
     prefix_lm: bool = False  # the prompt sees itself from both sides
 
     def room(self, n_tokens: int) -> int:
@@ -63,8 +66,7 @@ def complete(writer: Writer, echo: str, ids: np.ndarray, n_samples: int) -> None
     logits, cache, padded = jax.tree.map(lambda leaf: jnp.repeat(leaf, n_samples, axis=0), (logits, cache, padded))
     loop = jax.jit(decode, static_argnums=(0, 4), donate_argnums=3)
     ends = np.array(writer.ends) if writer.ends else None
-    stop = stop_at(writer.stops, token_bytes(writer.tokenizer)) if writer.stops else None
-    rest = (sampler, key, ends, None, padded, stop)
+    rest = (sampler, key, ends, None, padded, writer.automaton)
     run = loop.lower(model, params, logits, cache, new, *rest).compile()
     start = time.perf_counter()
     out = run(params, logits, cache, *rest)
@@ -84,7 +86,7 @@ def complete(writer: Writer, echo: str, ids: np.ndarray, n_samples: int) -> None
 def tokens_of(writer: Writer, ids: np.ndarray) -> Iterator[int]:
     """New tokens as they come, up to one that ends the text."""
     more = {"max_new_tokens": writer.room(len(ids)), "sampler": writer.sampler, "key": writer.key}
-    more["eos_id"] = writer.ends
+    more |= {"eos_id": writer.ends, "automaton": writer.automaton}
     rows = stream(writer.model, writer.params, ids[None], prefix_lm=writer.prefix_lm, **more)
     return itertools.takewhile(lambda token: token not in writer.ends, (int(row[0]) for row in rows))
 
@@ -139,6 +141,7 @@ def converse(writer: Writer, system: str | None) -> None:
         nonlocal held
         logits, held = session.read(model, params, held, ids)
         more = {"max_new_tokens": writer.room(len(ids)), "sampler": writer.sampler, "eos_id": writer.ends}
+        more["automaton"] = writer.automaton
         key = jax.random.fold_in(writer.key, len(said))
         for token, now in session.write(model, params, logits, held, key=key, **more):
             held = now
@@ -181,3 +184,46 @@ def messages(system: str | None, *turns: str) -> list[dict[str, str]]:
     said = [{"role": "system", "content": system}] if system is not None else []
     roles = itertools.cycle(["user", "assistant"])
     return said + [{"role": role, "content": text} for role, text in zip(roles, turns, strict=False)]
+
+
+def encode(tokenizer: AnyTokenizer, text: str, ends: tuple[int, ...]) -> np.ndarray:
+    """The ids of a text, with what the model's own texts begin with, but not with their end."""
+    ids = tokenizer.encode(text, add_special_tokens=True) if isinstance(tokenizer, Subwords) else tokenizer.encode(text)
+    return ids[:-1] if len(ids) > 1 and int(ids[-1]) in ends else ids
+
+
+def read_prompt(prompt: str, flag: str = "prompt") -> str:
+    """The text that --prompt, or another flag, stands for."""
+    try:
+        if prompt == "-":
+            data = sys.stdin.buffer.read()
+        elif prompt.startswith("@"):
+            data = Path(prompt[1:]).read_bytes()
+        else:
+            data = prompt.encode("utf-8", "surrogateescape")
+        require(data, f"{flag}={prompt!r} is empty; give at least one character")
+        return data.decode("utf-8")
+    except OSError as error:
+        raise InputError(f"{flag}={prompt!r} cannot be read ({error.strerror}); name a file after the @") from error
+    except UnicodeDecodeError as error:
+        where = f"byte 0x{error.object[error.start]:02x} at offset {error.start}"
+        raise InputError(f"{flag}={prompt!r} is not UTF-8: {where}; convert it, such as by iconv") from error
+
+
+CHUNK = 1024  # lines of a stream that are read before any is translated, so that like lengths go together
+
+
+def read_lines(source: str) -> Iterator[tuple[int, list[str]]]:
+    """The lines that --source stands for, CHUNK at a time, one by one from a terminal; and the first one's number."""
+    if source != "-":
+        lines = read_prompt(source, "source").removeprefix("\ufeff").removesuffix("\n").split("\n")
+        yield 1, [line.removesuffix("\r") for line in lines]
+        return
+    first, n = 1, 1 if sys.stdin.isatty() else CHUNK
+    while lines := list(itertools.islice(sys.stdin.buffer, n)):
+        for number, line in enumerate(lines, first):
+            rule = f"line {number} of standard input is not UTF-8"
+            require(line.decode("utf-8", "ignore").encode() == line, f"{rule}; convert it, such as by iconv")
+        texts = [line.decode("utf-8").rstrip("\r\n") for line in lines]
+        yield first, [text.removeprefix("\ufeff") if number == 1 else text for number, text in enumerate(texts, first)]
+        first += len(lines)

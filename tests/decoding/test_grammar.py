@@ -57,6 +57,19 @@ def test_no_text_runs_into_a_circle_without_an_end(draw):
         tx.match_regex("ax+#", parts)
 
 
+@pytest.mark.parametrize("ends", [(), (END,)])
+def test_a_stream_is_the_whole_text_as_it_comes(ends):
+    model = tx.build(tx.ModelConfig(vocab_size=V, d_model=16, n_heads=2, n_layers=1, max_len=256))
+    params = tx.init_params(model, jax.random.key(0))
+    more = {"sampler": HOT, "key": jax.random.key(1), "eos_id": ends, "max_new_tokens": 30}
+    more["automaton"] = tx.match_regex("(ab|1){1,8}!", PARTS, ends)
+    whole = tx.generate(model, params, jnp.ones((5, 1), int), **more)
+    streamed = np.stack([*tx.stream(model, params, jnp.ones((5, 1), int), **more)], axis=1)
+    assert len({*np.asarray(whole.lengths).tolist()}) > 1
+    assert streamed.shape[1] == whole.lengths.max() < 30
+    np.testing.assert_array_equal(streamed, whole.tokens[:, : streamed.shape[1]])
+
+
 SCHEMA = {
     "type": "object",
     "properties": {

@@ -12,34 +12,7 @@ import pytest
 import tx_jax as tx
 from tx_jax.convert.__main__ import main as convert
 from tx_jax.convert.files import open_safetensors
-from tx_jax.convert.pretrained import save_pretrained
 from tx_jax.convert.sources import load_pretrained, load_tokenizer
-from tx_jax.data.subwords import SubwordTokenizer
-
-TEMPLATE = (
-    "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<s>{% endif %}"
-)
-TEXT = "the cat sat on a mat and slept. " * 9
-
-
-@pytest.fixture(scope="module")
-def public(tmp_path_factory):
-    """A directory in Hugging Face's layout, of a model with large logits, that chats."""
-    directory = tmp_path_factory.mktemp("public") / "tiny"
-    tokenizer = SubwordTokenizer.train(TEXT, 300)
-    vocabulary = json.loads(tokenizer.json)
-    special = {"id": tokenizer.vocab_size, "content": "<s>", "special": True}
-    vocabulary["added_tokens"] = [special | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)]
-    tokenizer = SubwordTokenizer(json.dumps(vocabulary), special["id"], (special["id"],), TEMPLATE)
-    cfg = tx.ModelConfig(
-        vocab_size=tokenizer.vocab_size, max_len=400, d_model=24, n_layers=2, n_heads=4, mlp="swiglu", norm="rmsnorm"
-    )
-    params = tx.init_params(tx.build(cfg), jax.random.key(0))
-    params = jax.tree.map(lambda leaf: leaf * 20 if leaf.ndim > 1 else leaf, params)
-    ids = {"bos_token_id": special["id"], "eos_token_id": special["id"]}
-    save_pretrained(directory, cfg, params, special_ids=ids)
-    tokenizer.save(directory)
-    return directory
 
 
 @pytest.fixture
@@ -73,6 +46,23 @@ def test_a_conversation_is_its_turns_read_at_once(public, write, monkeypatch):
     ids = tokenizer.encode(text, special=True)
     out = tx.generate(tx.build(model.cfg), model.params, ids[None], max_new_tokens=20, eos_id=tokenizer.eos_ids)
     assert spoken.removeprefix(first) == tokenizer.decode(np.asarray(out.tokens[0, : out.lengths[0]])) + "\n"
+
+
+def test_an_answer_is_json_of_the_schema(public, write, monkeypatch, tmp_path):
+    """From a file or as it stands, in one go or as it comes; and so is each answer of a conversation."""
+    pytest.importorskip("outlines_core")
+    schema = {"type": "object", "properties": {"a": {"type": "boolean"}, "b": {"enum": ["x"]}}, "required": ["a", "b"]}
+    (tmp_path / "schema.json").write_text(json.dumps(schema))
+    flags = ["--max-new-tokens", 60, "--json-schema"]
+    streamed = write(public, "--prompt", "the cat", *flags, tmp_path / "schema.json")
+    assert json.loads(streamed)["b"] == "x"
+    assert write(public, "--prompt", "the cat", *flags, json.dumps(schema)) == streamed
+    several = write(public, "--prompt", "the cat", "--num-samples", 2, "--temperature", 0, *flags, json.dumps(schema))
+    assert several.split("\n")[1] + "\n" == streamed
+    monkeypatch.setattr("sys.stdin", io.StringIO("the cat\nsat on\n"))
+    answers = write(public, "--interactive", *flags, f"@{tmp_path / 'schema.json'}").splitlines()
+    assert answers[0] + "\n" == streamed
+    assert [{*json.loads(answer)} for answer in answers] == [{"a", "b"}] * 2
 
 
 def test_a_long_conversation_forgets_its_oldest_turns(public, write, monkeypatch, capsys):

@@ -63,6 +63,18 @@ def test_a_text_stops_before_the_first_stop_string(write):
     assert [text[:5] + text[5:-1].split(" ")[0] + "\n" for text in free] == stopped
 
 
+def test_a_text_matches_the_expression(write):
+    """Whole or streamed, and each sample for itself; it ends where nothing more could match."""
+    pytest.importorskip("outlines_core")
+    flags = ("--prompt", "the ", "--regex", "(cat|mat)( sat){2}", "--seed", "3")
+    whole = write(*flags, n=40)
+    assert whole in ("the cat sat sat\n", "the mat sat sat\n")
+    assert write(*flags, "--stream", n=40) == whole
+    _, *many = write(*flags, "--num-samples", "9", n=40).split("--- sample ")
+    assert {text[2:] for text in many} == {"the cat sat sat\n", "the mat sat sat\n"}
+    assert write(*flags, n=5) == whole[:9] + "\n"  # cut
+
+
 def test_penalties_change_the_text_and_their_neutral_numbers_do_not(write):
     greedy = write("--temperature", "0", n=40)
     neutral = ("--repetition-penalty", "1", "--presence-penalty", "0", "--no-repeat-ngram", "0")

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Integer, PRNGKeyArray
 
 from tx_jax.cache import Cache, init_cache
+from tx_jax.decoding.automaton import Automaton
 from tx_jax.decoding.prompts import BUCKET, Prompt, check_tokens, pad_prompts
 from tx_jax.decoding.samplers import Sampler, Samplers, check_sampler, draws
 from tx_jax.decoding.stream import fill, steps
@@ -63,6 +64,7 @@ def write(
     sampler: Samplers = Sampler(),
     key: PRNGKeyArray | None = None,
     eos_id: int | tuple[int, ...] | None = None,
+    automaton: Automaton | None = None,
 ) -> Iterator[tuple[int, Session]]:
     """New tokens, each as soon as it is there, with the session before it: what `read` gave, going on.
 
@@ -71,7 +73,8 @@ def write(
     """
     check_sampler(sampler, model.cfg.vocab_size, 1, ends=eos_id not in (None, ()))
     require(not draws(sampler) or key is not None, "sampling needs key=jax.random.key(seed)")
-    return _write(model, params, logits, session, max_new_tokens, {"sampler": sampler, "key": key, "eos_id": eos_id})
+    how = {"sampler": sampler, "key": key, "eos_id": eos_id, "automaton": automaton}
+    return _write(model, params, logits, session, max_new_tokens, how)
 
 
 def _write(model, params, logits, session, max_new_tokens, how) -> Iterator[tuple[int, Session]]:

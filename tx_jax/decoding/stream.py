@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from tx_jax.cache import Cache, from_reading_order, init_cache, to_reading_order
+from tx_jax.decoding.automaton import Automaton
 from tx_jax.decoding.generate import hidden_of, logits_of, prefill
 from tx_jax.decoding.prompts import BUCKET, LanguageModel, Prompt, prepare
 from tx_jax.decoding.rules import begin_text
@@ -27,6 +28,7 @@ def stream(
     eos_id: int | tuple[int, ...] | None = None,
     memory: Cache | None = None,
     prefix_lm: bool = False,
+    automaton: Automaton | None = None,
 ) -> Iterator[np.ndarray]:
     """The tokens of `generate`, (B,) at a time, each as soon as it is there. Arguments and errors are its own."""
     ends = eos_id not in (None, ())
@@ -34,7 +36,8 @@ def stream(
     prompt, n_slots = prepare(model, tokens, positions, max_new_tokens, prefix_lm=prefix_lm, ends=ends, **more)
     cache = init_cache(model.cfg, prompt.tokens.shape[0], n_slots)
     logits, cache = fill(model, params, prompt, cache, memory, prefix_lm)
-    return (token for token, _ in steps(model, params, logits, cache, prompt, max_new_tokens, eos_id=eos_id, **more))
+    more |= {"eos_id": eos_id, "automaton": automaton}
+    return (token for token, _ in steps(model, params, logits, cache, prompt, max_new_tokens, **more))
 
 
 fill = functools.partial(jax.jit, static_argnums=(0, 5), donate_argnums=3)(prefill)
@@ -52,6 +55,7 @@ def steps(
     key: Keys | None,
     eos_id: int | tuple[int, ...] | None = None,
     memory: Cache | None = None,
+    automaton: Automaton | None = None,
     with_room: Callable[[Cache], Cache] = lambda cache: cache,
 ) -> Iterator[tuple[np.ndarray, Cache]]:
     """`decode` in Python: each token as soon as it is there, and the cache before it, which the next step takes away.
@@ -64,10 +68,12 @@ def steps(
     ends = jnp.atleast_1d(jnp.asarray(() if eos_id is None else eos_id, jnp.int32))
     text = begin_text(*prompt, -(-max_new_tokens // BUCKET) * BUCKET, ends)
     done = jnp.zeros(len(logits), bool)
+    state = None if automaton is None else jnp.broadcast_to(automaton.start, done.shape)
+    may_end = ends.size or automaton is not None
     for i in range(max_new_tokens):
-        token, text, done = _choose(logits, text, done, sampler, key, i)
+        token, text, done, state = _choose(logits, text, done, state, sampler, key, i, automaton)
         yield np.asarray(token), cache
-        if i + 1 == max_new_tokens or (ends.size and done.all()):  # else the cache that was given last would be gone
+        if i + 1 == max_new_tokens or (may_end and done.all()):  # else the cache that was given last would be gone
             return
         logits, cache = _advance(model, params, token, done, with_room(cache), laid)
 
@@ -76,11 +82,15 @@ _lay = jax.jit(to_reading_order)
 
 
 @jax.jit
-def _choose(logits, text, done, sampler, key, i):
-    token = sample(logits, sampler, fold_key(key, i), text)
-    token = jnp.where(done, text.ends[0], token) if text.ends.size else token
+def _choose(logits, text, done, state, sampler, key, i, automaton):
+    may = logits if automaton is None else automaton.keep(logits, state)
+    token = sample(may, sampler, fold_key(key, i), text)
+    token = jnp.where(done, text.ends[0] if text.ends.size else 0, token)
     ended = done | (token[:, None] == text.ends).any(axis=1)
-    return token, text.write(token, done), ended
+    if automaton is not None:
+        state = jnp.where(done, state, automaton.step(state, token))
+        ended |= automaton.final[state]
+    return token, text.write(token, done), ended, state
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
