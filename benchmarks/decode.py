@@ -1,4 +1,4 @@
-"""Speeds of writing, each beside what it is to be compared with, in turn in one process: medians, ratios, what is asked.
+"""Speeds of writing, each beside what it is compared with, in turn in one process: medians and ratios.
 
     python benchmarks/decode.py                    # every case, with SmolLM2-135M's own weights (fetched by pip)
     python benchmarks/decode.py batch1 speculate --rounds 3 --llama-python PATH
@@ -23,17 +23,19 @@ from peers import llama_writer, prompts, smollm2, text, tokenizer, transformers_
 from timing import Asked, Case, Run, Turn, measure
 
 import tx_jax as tx
+from tx_jax.data.chat import encode_chat
 
 PASSAGE = """The lighthouse at Marrow Point was built in 1874, after three ships were lost on the reef in a single winter. \
-Its tower is thirty-one metres high and was made of granite that was cut on the mainland and brought over by barge. For \
-the first forty years the lamp burned whale oil, and two keepers took turns to wind the clockwork that turned the lens. \
-Every four hours they climbed the one hundred and forty-two steps, filled the lamp, and wrote the weather in a large \
-blue book. In 1915 the oil lamp was replaced by an electric one, and the second keeper was sent to another station. The \
-last keeper, Agnes Tallow, lived at the point with her two daughters until 1968, when the light became automatic. She \
-had kept a garden behind the north wall, where potatoes, beans and a single pear tree grew in spite of the salt. Today \
-the tower belongs to the town. Visitors can climb it from April to October, and on clear days they can see the reef, \
-the old harbour and the hills on the far side of the bay. The blue books are kept in the library, and students use them \
-to learn how the weather of the coast has changed."""
+Its tower is thirty-one metres high and was made of granite that was cut on the mainland and brought over by \
+barge. For the first forty years the lamp burned whale oil, and two keepers took turns to wind the clockwork \
+that turned the lens. Every four hours they climbed the one hundred and forty-two steps, filled the lamp, and \
+wrote the weather in a large blue book. In 1915 the oil lamp was replaced by an electric one, and the second \
+keeper was sent to another station. The last keeper, Agnes Tallow, lived at the point with her two daughters \
+until 1968, when the light became automatic. She had kept a garden behind the north wall, where potatoes, beans \
+and a single pear tree grew in spite of the salt. Today the tower belongs to the town. Visitors can climb it \
+from April to October, and on clear days they can see the reef, the old harbour and the hills on the far side of \
+the bay. The blue books are kept in the library, and students use them to learn how the weather of the coast has \
+changed."""
 TASK = "Write down the following text again, word for word, and then say in one sentence what it is about.\n\n"
 
 
@@ -69,16 +71,18 @@ def writer(model: Any, params: Any, tokens: np.ndarray, new: int, n_slots: int |
         speeds = {"prefill": B * T / (first - start), "decode": B * (new - 1) / (end - first)}
         return Turn(speeds, out.tokens.tolist())
 
-    found, held = (
-        compiled.memory_analysis(),
-        sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(shapes[1])),
-    )
+    return once, memory_of(compiled, shapes[1])
+
+
+def memory_of(compiled: Any, cache: Any) -> str:
+    """XLA's memory analysis, beside the size of the cache."""
+    found = compiled.memory_analysis()
     sizes = {
-        "cache": held,
+        "cache": sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache)),
         "temporaries": found.temp_size_in_bytes,
         "arguments aliased to results": found.alias_size_in_bytes,
     }
-    return once, "memory: " + ", ".join(f"{name} {size / 2**20:.2f} MiB" for name, size in sizes.items())
+    return "memory: " + ", ".join(f"{name} {size / 2**20:.2f} MiB" for name, size in sizes.items())
 
 
 def unpadded(tokens: np.ndarray) -> tx.Prompt:
@@ -141,17 +145,14 @@ def only(run: Run, speed: str) -> Run:
 
 def slots(args: Args) -> Iterator[Case]:
     """32 tokens after 224, in a cache of 4,096 slots and in one of 256"""
-    tokens, names = prompts(1, 224), ("4,096 slots", "256 slots")
-    runs = {name: writer(*smollm2(), tokens, 32, n)[0] for name, n in zip(names, (4096, 256), strict=True)}
-    yield Case(
-        {name: only(run, "decode") for name, run in runs.items()}, (Asked("decode", 0.95, *names[:1], names[1:]),)
-    )
+    runs = {f"{n:,} slots": only(writer(*smollm2(), prompts(1, 224), 32, n)[0], "decode") for n in (4096, 256)}
+    yield Case(runs, (Asked("decode", 0.95, "4,096 slots", ("256 slots",)),))
 
 
 def speculate(args: Args) -> Iterator[Case]:
     """prompt look-up, in an answer that repeats its source; whole calls, the prompt's pass included"""
     model, params = smollm2()
-    ids = tokenizer().encode_chat([{"role": "user", "content": TASK + PASSAGE}])
+    ids = encode_chat(tokenizer(), [{"role": "user", "content": TASK + PASSAGE}])
     passes = []
 
     def run(function: Any) -> Run:
@@ -192,9 +193,8 @@ def engine(args: Args) -> Iterator[Case]:
         seconds = time.perf_counter() - start
         return Turn({"useful": sum(limits) / seconds}, [row[:n] for row, n in zip(told, limits, strict=True)])
 
-    yield Case(
-        {"write_all": engine, "static batches": batches}, (Asked("useful", 1.7, "write_all", ("static batches",)),)
-    )
+    runs = {"write_all": engine, "static batches": batches}
+    yield Case(runs, (Asked("useful", 1.7, "write_all", ("static batches",)),))
 
 
 def random_model(**sizes: Any) -> tuple[Any, dict]:
@@ -225,7 +225,7 @@ def recompiles(args: Args) -> Iterator[Case]:
             which = ", ".join(f"{found.count(key)} × {key}" for key in sorted(set(found)))
             yield f"{name}: {len(found)} compilations{': ' * bool(which)}{which}; asked 0"
 
-    yield Case(notes=notes)
+    yield Case({}, notes=notes)
 
 
 @contextlib.contextmanager
@@ -247,16 +247,15 @@ def compilations() -> Iterator[list[str]]:
 def int8(args: Args) -> Iterator[Case]:
     """weights in eight bits, one row, a prompt of 128 tokens; the perplexity of 20,000 tokens of WikiText-2"""
     if not hasattr(tx, "quantize"):
-        yield Case(notes=lambda: ["tx.quantize: not there"])
+        yield Case({}, notes=lambda: ["tx.quantize: not there"])
         return
     model, params = smollm2()
     both = {"int8": tx.quantize(params), "float32": params}
     runs = {name: writer(model, tree, prompts(1, 128), args.new_tokens)[0] for name, tree in both.items()}
 
     def notes() -> Iterator[str]:
-        a, b = (
-            tx.perplexity(model, tree, text()[:20_000], window=512, stride=511).perplexity for tree in both.values()
-        )
+        found = [tx.perplexity(model, tree, text()[:20_000], window=512, stride=511) for tree in both.values()]
+        a, b = (each.perplexity for each in found)
         yield f"perplexity: int8 {a:.3f}, float32 {b:.3f}, {a / b - 1:+.2%}; asked at most +1 %"
 
     yield Case(runs, (Asked("decode", 1.5, "int8", ("float32",)),), notes)

@@ -30,7 +30,7 @@ class Asked(NamedTuple):
 class Case(NamedTuple):
     """Something to measure: ways to do it, the ratios that are asked for, and what else is to be said."""
 
-    runs: dict[str, Run] = {}
+    runs: dict[str, Run]
     asked: tuple[Asked, ...] = ()
     notes: Callable[[], Iterable[str]] = lambda: ()
     identical: bool = False  # hold all ways to the same tokens
