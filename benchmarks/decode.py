@@ -25,18 +25,21 @@ from timing import Asked, Case, Run, Turn, measure
 import tx_jax as tx
 from tx_jax.data.chat import encode_chat
 
-PASSAGE = """The lighthouse at Marrow Point was built in 1874, after three ships were lost on the reef in a single winter. \
-Its tower is thirty-one metres high and was made of granite that was cut on the mainland and brought over by \
-barge. For the first forty years the lamp burned whale oil, and two keepers took turns to wind the clockwork \
-that turned the lens. Every four hours they climbed the one hundred and forty-two steps, filled the lamp, and \
-wrote the weather in a large blue book. In 1915 the oil lamp was replaced by an electric one, and the second \
-keeper was sent to another station. The last keeper, Agnes Tallow, lived at the point with her two daughters \
-until 1968, when the light became automatic. She had kept a garden behind the north wall, where potatoes, beans \
-and a single pear tree grew in spite of the salt. Today the tower belongs to the town. Visitors can climb it \
-from April to October, and on clear days they can see the reef, the old harbour and the hills on the far side of \
-the bay. The blue books are kept in the library, and students use them to learn how the weather of the coast has \
-changed."""
-TASK = "Write down the following text again, word for word, and then say in one sentence what it is about.\n\n"
+PASSAGE = """The lighthouse at Marrow Point was built in 1874, after three ships were lost on the reef in a \
+single winter. Its tower is thirty-one metres high and was made of granite that was cut on the mainland and \
+brought over by barge. For the first forty years the lamp burned whale oil, and two keepers took turns to wind \
+the clockwork that turned the lens. Every four hours they climbed the one hundred and forty-two steps, filled \
+the lamp, and wrote the weather in a large blue book. In 1915 the oil lamp was replaced by an electric one, and \
+the second keeper was sent to another station. The last keeper, Agnes Tallow, lived at the point with her two \
+daughters until 1968, when the light became automatic. She had kept a garden behind the north wall, where \
+potatoes, beans and a single pear tree grew in spite of the salt. Today the tower belongs to the town. Visitors \
+can climb it from April to October, and on clear days they can see the reef, the old harbour and the hills on \
+the far side of the bay. The blue books are kept in the library, and students use them to learn how the weather \
+of the coast has changed."""
+TASKS = (
+    "Correct the spelling mistakes of the following text and give back the whole text.\n\n",
+    "Summarize the following text by quoting its most important sentences.\n\n",
+)
 
 
 @dataclasses.dataclass
@@ -150,26 +153,27 @@ def slots(args: Args) -> Iterator[Case]:
 
 
 def speculate(args: Args) -> Iterator[Case]:
-    """prompt look-up, in an answer that repeats its source; whole calls, the prompt's pass included"""
-    model, params = smollm2()
-    ids = encode_chat(tokenizer(), [{"role": "user", "content": TASK + PASSAGE}])
-    passes = []
+    """prompt look-up, in answers that repeat their source; whole calls, the prompt's pass included"""
+    for task in TASKS:
+        ids = encode_chat(tokenizer(), [{"role": "user", "content": task + PASSAGE}])
+        passes: dict[str, int] = {}
+        runs = {f.__name__: answer(f, ids, passes) for f in (tx.speculate, tx.generate)}
+        print(f"  {task.strip()} (a prompt of {len(ids)} tokens)", flush=True)
+        asked = Asked("whole", 1.8, "speculate", ("generate",))
+        yield Case(runs, (asked,), lambda passes=passes: [f"passes after the prompt's: {passes}"], identical=True)
 
-    def run(function: Any) -> Run:
-        def once() -> Turn:
-            start = time.perf_counter()
-            out = jax.block_until_ready(
-                function(model, params, ids[None], max_new_tokens=320, eos_id=tuple(tokenizer().eos_ids))
-            )
-            n, seconds = int(out.lengths[0]), time.perf_counter() - start
-            passes.append(int(getattr(out, "n_passes", n - 1)))
-            return Turn({"whole": n / seconds}, [out.tokens[0, :n].tolist()])
 
-        return once
+def answer(function: Any, ids: np.ndarray, passes: dict[str, int]) -> Run:
+    """The answer to a chat, of 320 tokens at most, by `generate` or `speculate`; how many passes that took."""
 
-    runs = {"speculate": run(tx.speculate), "generate": run(tx.generate)}
-    notes = lambda: [f"a prompt of {len(ids)} tokens; passes after the prompt's: {passes[-2]} and {passes[-1]}"]  # noqa: E731
-    yield Case(runs, (Asked("whole", 1.8, "speculate", ("generate",)),), notes, identical=True)
+    def once() -> Turn:
+        start, ends = time.perf_counter(), tuple(tokenizer().eos_ids)
+        out = jax.block_until_ready(function(*smollm2(), ids[None], max_new_tokens=320, eos_id=ends))
+        seconds, n = time.perf_counter() - start, int(out.lengths[0])
+        passes[function.__name__] = int(getattr(out, "n_passes", n - 1))
+        return Turn({"whole": n / seconds}, [out.tokens[0, :n].tolist()])
+
+    return once
 
 
 def engine(args: Args) -> Iterator[Case]:
