@@ -48,7 +48,7 @@ class Args:
         "batch1", "batch8", "prefill", "slots", "context", "speculate", "engine", "recompiles", "int8"
     ], ...]] = ()  # none: all  # fmt: skip
     rounds: int = 5  # of all ways of a case in turn, after one that warms up
-    threads: int = os.cpu_count() or 1  # of torch and of llama.cpp; XLA takes all cores
+    threads: int = len(os.sched_getaffinity(0))  # of torch and of llama.cpp; XLA takes all of these cores
     llama_python: str = ""  # an interpreter that has llama-cpp-python
     peer: bool = True  # also run transformers
     new_tokens: int = 128  # of batch1, batch8, int8
