@@ -87,14 +87,16 @@ def oracle(q, k, v, bias, seen, scale=None, soft_cap=None):
     return out
 
 
-@pytest.fixture(params=IMPLS, scope="module")
+@pytest.fixture(params=[*((name, 4) for name in IMPLS), ("cached", 1)], ids=str, scope="module")
 def impl(request):
-    """Each body, with blocks so small that there are several."""
+    """Each body, with blocks so small that there are several; and a query at a time, all heads at once."""
+    name, block = request.param
+    ours.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules["tx_jax.ops.attention"], "BLOCK", 4)
+        patch.setattr(sys.modules["tx_jax.ops.attention"], "BLOCK", block)
         patch.setattr(sys.modules["tx_jax.ops.attention"], "LEAST", 3)
         patch.setattr(sys.modules["tx_jax.ops.attention"], "KEYS", 3)
-        yield request.param
+        yield name
 
 
 @pytest.mark.parametrize("name", CASES)

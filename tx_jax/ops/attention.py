@@ -70,12 +70,38 @@ def _check_shapes(q: Array, k: Array, v: Array) -> None:
     require(q.shape[2] % k.shape[2] == 0, f"{shapes}: the query heads must be a multiple of the key-value heads")
 
 
-def _plain(q, k, v, mask, bias, key, scale, soft_cap, rate):
+def _by_group(q, k, v):
+    """The scores, and the sum of values by weights, of the queries of each key-value head."""
+
+    def mix(weights):
+        return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v, preferred_element_type=jnp.float32)
+
+    return jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32), mix
+
+
+def _by_row(q, k, v):
+    """The same, of all heads at once: K times the work, but keys and values are read as they lie in a cache.
+
+    Each query is as wide as all key-value heads, and zero but in its own.
+    """
+    (B, T, K, G, H), (S, _, Hv), own = q.shape, v.shape[1:], jnp.eye(k.shape[2], dtype=q.dtype)
+    wide = jnp.einsum("BTKGH,KL->BKGTLH", q, own).reshape(B, -1, K * H)
+    scores = jnp.einsum("BRC,BSC->BRS", wide, k.reshape(B, S, -1), preferred_element_type=jnp.float32)
+
+    def mix(weights):
+        rows, flat = weights.reshape(B, -1, S), v.reshape(B, S, -1)
+        out = jnp.einsum("BRS,BSC->BRC", rows, flat, preferred_element_type=jnp.float32)
+        return jnp.einsum("BKGTLH,KL->BTKGH", out.reshape(B, K, G, T, K, Hv), own.astype(out.dtype))
+
+    return scores.reshape(B, K, G, T, S), mix
+
+
+def _plain(q, k, v, mask, bias, key, scale, soft_cap, rate, products=_by_group):
     """The reference: holds (B, N, T, S)."""
     B, T, N, H = q.shape
     S, K, Hv = v.shape[1:]
     q = (q * jnp.asarray(scale, q.dtype)).reshape(B, T, K, N // K, H)
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32)
+    scores, mix = products(q, k, v)
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
     if bias is not None:
@@ -89,8 +115,7 @@ def _plain(q, k, v, mask, bias, key, scale, soft_cap, rate):
     total = jnp.where(top > least, weights.sum(axis=-1), jnp.inf)  # a row that sees no key gives zeros
     if rate > 0:
         weights *= jax.random.bernoulli(key, 1 - rate, weights.shape) / (1 - rate)
-    out = jnp.einsum("BKGTS,BSKH->BTKGH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    out /= total.transpose(0, 3, 1, 2)[..., None]
+    out = mix(weights.astype(v.dtype)) / total.transpose(0, 3, 1, 2)[..., None]
     return out.reshape(B, T, N, Hv).astype(q.dtype)
 
 
@@ -116,6 +141,7 @@ def _blockwise(q, k, v, mask, bias, key, scale, soft_cap, rate, block=None, body
 
 
 LEAST = 256  # keys that are attended in any case
+FEW_HEADS = 8  # key-value heads, up to which XLA on CPU is faster with zeros than with transposing a cache each step
 
 
 def _within_reach(q, k, v, mask, bias, key, scale, soft_cap, rate):
@@ -123,12 +149,13 @@ def _within_reach(q, k, v, mask, bias, key, scale, soft_cap, rate):
 
     A cache has slots for a whole text. To attend over 4,096 of them where 256 hold a key halves the speed of decoding.
     """
-    T, S = q.shape[1], k.shape[1]
+    (B, T), (S, K) = q.shape[:2], k.shape[1:3]
     sizes = [LEAST << n for n in range(S.bit_length()) if LEAST << n < S] + [S]
 
     def first(n):
         part = None if bias is None else bias[..., :n]
-        return lambda: _plain(q, k[:, :n], v[:, :n], mask.rows(0, T, n), part, key, scale, soft_cap, rate)
+        products = _by_row if T == 1 and K <= FEW_HEADS and B * n > LEAST else _by_group
+        return lambda: _plain(q, k[:, :n], v[:, :n], mask.rows(0, T, n), part, key, scale, soft_cap, rate, products)
 
     enough = (mask.n_keys(T, S) > jnp.array(sizes[:-1], jnp.int32)).sum()
     return jax.lax.switch(enough, [first(n) for n in sizes])
