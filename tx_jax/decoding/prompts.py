@@ -86,14 +86,21 @@ def prepare(
     rows = B if memory is None else memory.positions.shape[0]
     require(rows == B, f"memory holds {rows} sources, tokens {B} rows; encode one source for each row")
     if positions is None:
-        positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+        positions = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
     _check_positions(positions, (B, T))
     bucket = BUCKET if T <= CHUNK else CHUNK
     width = 1 if T == 1 else min(-(-T // bucket) * bucket, cfg.max_len)  # one token: as translations begin
     pad = ((0, 0), (0, width - T))
-    prompt = Prompt(jnp.pad(tokens, pad).astype(jnp.int32), jnp.pad(positions, pad, constant_values=-1))
+    prompt = Prompt(_pad(tokens, pad, 0), _pad(positions, pad, -1))
     n_slots = n_prefix + width + max_new_tokens
     return prompt, n_slots if cfg.reach is None else min(n_slots, cfg.reach + min(width, CHUNK) - 1)
+
+
+def _pad(part: Array | np.ndarray, pad: tuple, fill: int) -> Array:
+    """In NumPy where that can be: JAX would compile it for each length of a prompt."""
+    traced = isinstance(part, Tracer)
+    padded = (jnp if traced else np).pad(part if traced else np.asarray(part), pad, constant_values=fill)
+    return jnp.asarray(padded.astype(np.int32))
 
 
 def _check_prefix(prefix: Cache | None, B: int) -> tuple[int, int]:
