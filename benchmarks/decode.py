@@ -223,6 +223,7 @@ def recompiles(args: Args) -> Iterator[Case]:
 
     def notes() -> Iterator[str]:
         for name, call in calls.items():
+            jax.clear_caches()  # what one has compiled would not count for the next
             call(warm)
             with compilations() as found:
                 call(texts)
