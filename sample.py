@@ -122,7 +122,9 @@ def main(argv: list[str]) -> None:
     keep_compiled()
     said = None if args.prompt is None else read_prompt(args.prompt)
     path = find_source(args.model)
-    source, run = open_source(path, args.step), is_run(path)
+    run = is_run(path)
+    args = dataclasses.replace(args, step=latest_step(path) if run and args.step is None else args.step)
+    source = open_source(path, args.step)
     if args.source is not None:
         translate_lines(args, path, source)
         return
@@ -142,10 +144,8 @@ def main(argv: list[str]) -> None:
         return tx.fuse(params) if jax.default_backend() == "cpu" else params  # where it is measured to be faster
 
     if args.input is not None:
-        step = latest_step(path) if run and args.step is None else args.step
         settings = dataclasses.asdict(args) | {
             "model": str(path.resolve()),
-            "step": step,
             "dtype": writer.model.cfg.dtype,
         }
         write_file(writer, load, settings, chats=chats)

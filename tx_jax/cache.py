@@ -35,7 +35,7 @@ class Cache(NamedTuple):
         return self.positions.max(axis=1) + 1
 
 
-def init_cache(cfg: ModelConfig, batch_size: int, n_slots: int | None = None, dtype: str | None = None) -> Cache:
+def init_cache(cfg: ModelConfig, batch_size: int, n_slots: int | None = None, dtype: Any = None) -> Cache:
     """An empty cache of `n_slots` tokens a row (None: cfg.max_len), in `dtype` (None: the model's, of computation).
 
     "int8" keeps each head's keys and values in 8 bits and a scale: half of bfloat16's memory for heads of some width.
@@ -53,7 +53,7 @@ def init_cache(cfg: ModelConfig, batch_size: int, n_slots: int | None = None, dt
     n_slots = cfg.max_len if n_slots is None else n_slots
     require(batch_size >= 1, f"batch_size={batch_size} must be at least 1")
     require(n_slots >= 1, f"n_slots={n_slots} must be at least 1; None gives max_len={cfg.max_len}")
-    dtype = dtype or cfg.dtype
+    dtype = cfg.dtype if dtype is None else dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
     require(dtype in CACHE_DTYPES, f"dtype={dtype!r} is not one of {', '.join(CACHE_DTYPES)}")
 
     def empty(width: int) -> Any:

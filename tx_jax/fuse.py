@@ -27,7 +27,8 @@ def fuse(params: PyTree) -> Any:
     """
     fused = _fuse(params)
     found = jax.tree.structure(fused) != jax.tree.structure(params)
-    require(found, "params holds no q, k, v or gate, up to be one matrix; give a model's parameters, once")
+    rule = "params holds no q, k, v or gate, up to be one matrix"
+    require(found, f"{rule}; give a model's parameters, that are not fused already")
     return fused
 
 

@@ -105,3 +105,19 @@ def test_texts_are_json_of_the_schema(schema, draw):
 def test_refused(call, text):
     with pytest.raises(InputError, match="^" + re.escape(text)):
         call()
+
+
+NOT_HELD = {"integer": "minimum", "string": "contentEncoding", "array": "uniqueItems", "object": "not"}
+BYTES = [bytes([i]) for i in range(256)]
+
+
+@pytest.mark.parametrize("kind", NOT_HELD)
+def test_what_no_text_would_be_held_to_is_refused(kind):
+    inner = {"type": kind, NOT_HELD[kind]: {} if kind == "object" else 1}
+    for schema in (inner, {"type": "object", "properties": {"a": {"anyOf": [{"type": "null"}, inner]}}}):
+        with pytest.raises(InputError, match=f"^schema has {NOT_HELD[kind]}, which no text would be held to; leave it"):
+            tx.match_json(schema, BYTES)
+
+
+def test_names_and_values_are_no_keywords():
+    tx.match_json({"type": "object", "properties": {"not": {"const": {"minimum": 1}}}}, BYTES)

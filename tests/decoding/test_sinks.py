@@ -75,3 +75,12 @@ def test_first_tokens_stay_in_fewer_slots():
 def test_refused(more):
     with pytest.raises(InputError, match=r"^n_sinks=2 needs a window in every layer, no attention_soft_cap"):
         replace(LLAMA, n_sinks=2, **more)
+
+
+def test_training_takes_no_array_of_all_pairs():
+    def needed(n_sinks):
+        model, params = make("rotary", n_layers=2, window=WINDOW, n_sinks=n_sinks)
+        loss = jax.jit(jax.grad(lambda params, tokens: model.apply({"params": params}, tokens)[0].sum()))
+        return loss.lower(params, jnp.zeros((1, 1024), jnp.int32)).compile().memory_analysis().temp_size_in_bytes
+
+    assert needed(N) < 1.3 * needed(0)

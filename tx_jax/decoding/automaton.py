@@ -55,7 +55,9 @@ def stop_at(stops: Sequence[str], token_bytes: Sequence[bytes]) -> Automaton:
         InputError: there is no stop string, or one is empty.
     Source: Aho and Corasick 1975, over bytes; then over tokens.
     """
-    require(stops and not isinstance(stops, str), f"stops={stops!r} must be a list of at least one text")
+    require(
+        stops and not isinstance(stops, str), f"stops={stops!r} must be a list of at least one text, such as ['END']"
+    )
     require(all(stops), f"stops={list(stops)!r} holds an empty text, at which every text would stop; leave it out")
     delta, final = _by_bytes([stop.encode("utf-8") for stop in stops])
     n, lengths = len(delta), np.array([len(part) for part in token_bytes])

@@ -13,6 +13,14 @@ from tx_jax.data.libraries import one_line, package
 from tx_jax.decoding.automaton import Automaton, from_table
 from tx_jax.errors import require
 
+# What outlines-core reads past: a text would not keep to it.
+UNKNOWN = frozenset({
+    "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "contentEncoding", "uniqueItems",
+    "contains", "minContains", "maxContains", "minProperties", "maxProperties", "patternProperties", "propertyNames",
+    "dependentRequired", "dependentSchemas", "if", "then", "else", "not",
+})  # fmt: skip
+MAPS = frozenset({"properties", "$defs", "definitions"})  # from names of any kind to schemas
+DATA = frozenset({"enum", "const", "default", "examples"})
 MOST = 2**28  # places of a table, states times tokens: 1 GiB before its classes are found
 
 
@@ -68,10 +76,24 @@ def match_json(schema: Mapping[str, Any] | str, token_bytes: Sequence[bytes], eo
         schema: as a mapping or in JSON. The others are those of `match_regex`.
 
     Raises:
-        InputError: the schema is none, or has a part that no regular expression can say, such as recursion.
+        InputError: the schema is none, or has a part that no regular expression can say, such as recursion, or that
+            is not held, such as minimum.
     """
     library = package("outlines_core", "constrain").json_schema
     with one_line("schema is no JSON schema that can be held", "simplify it"):
         known = json.loads(schema) if isinstance(schema, str) else schema
+    past = ", ".join(sorted(_unknown(known)))
+    require(not past, f"schema has {past}, which no text would be held to; leave it out, and check texts by it")
+    with one_line("schema is no JSON schema that can be held", "simplify it"):
         pattern = library.build_regex_from_schema(json.dumps(known))
     return match_regex(pattern, token_bytes, eos_ids)
+
+
+def _unknown(schema: Any) -> set[str]:
+    """The keywords of a schema, and of those in it, that are read past."""
+    if isinstance(schema, list):
+        return set().union(*map(_unknown, schema))
+    if not isinstance(schema, Mapping):
+        return set()
+    parts = ([*part.values()] if key in MAPS else part for key, part in schema.items() if key not in DATA)
+    return set(UNKNOWN & schema.keys()).union(*map(_unknown, parts))

@@ -106,5 +106,5 @@ def _with_room(cache: Cache, length: int, max_len: int) -> Cache:
     more = min(n_slots, max(max_len, length)) - now
     if more <= 0:
         return cache
-    layers = jax.tree.map(lambda leaf: jnp.pad(leaf, ((0, 0), (0, more), (0, 0), (0, 0))), cache.layers)
+    layers = jax.tree.map(lambda leaf: jnp.pad(leaf, ((0, 0), (0, more), *((0, 0),) * (leaf.ndim - 2))), cache.layers)
     return Cache(layers, jnp.pad(cache.positions, ((0, 0), (0, more)), constant_values=-1))

@@ -1,7 +1,7 @@
 """Multi-head attention: projections around `ops.attention`. Self- and cross-attention differ only in where the keys
 and values come from: this sequence (and its cache), or an encoder's output."""
 
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -78,18 +78,19 @@ class Attention(nn.Module):
         return self._attend(self.q(x), memory, plan, deterministic)
 
     def _attend(self, q: Array, memory: LayerCache, plan: Plan, deterministic: bool) -> Array:
-        cfg, (k, v), (B, T) = self.cfg, (part.astype(self.cfg.dtype) for part in memory), q.shape[:2]
-        rows = len(k)
+        cfg, (k, v), (B, T) = self.cfg, memory, q.shape[:2]
+        rows = k.shape[0]
         rule = f"memory holds {rows} rows, x {B}"
         require(B % rows == 0, f"{rule}: x must have as many, or a multiple; encode one source for each row")
         q = q.reshape(B, T, cfg.n_heads, cfg.H)
         q = self.q_norm(q) if cfg.qk_norm else q
-        q, bias = self._turned(q, k, plan)
+        scale = cfg.H**-0.5 if cfg.attention_scale is None else cfg.attention_scale
+        q, k, bias = self._turned(q, k, plan, scale)
         drop = cfg.attention_dropout_rate > 0 and not deterministic
         one_by_one = rows < B <= MOST * rows and T == 1 and jax.default_backend() == "cpu"
         heads = attention(
             q.reshape(rows, -1, *q.shape[2:]), k, v, plan.mask, bias,
-            scale=cfg.attention_scale,
+            scale=scale,
             soft_cap=cfg.attention_soft_cap,
             dropout_rate=cfg.attention_dropout_rate,
             dropout_key=self.make_rng("dropout") if drop else None,
@@ -97,19 +98,22 @@ class Attention(nn.Module):
         )  # fmt: skip
         return self.out(heads.reshape(B, T, -1))
 
-    def _turned(self, q: Array, k: Array, plan: Plan) -> tuple[Array, Array | None]:
-        """q turned by its position, and the bias of the scores: where keys are sinks, what another turn of q adds."""
+    def _turned(self, q: Array, k: Any, plan: Plan, scale: float) -> tuple[Array, Any, Array | None]:
+        """q turned by its position, with the keys and the bias by which sinks score as another turn of q would."""
         pairs = self.cfg.positions == "rotary_pairs"
         turned = rotate(q, plan.turn, interleaved=pairs)
         if plan.sinks is None or plan.sinks.turn is None:
-            return turned, plan.bias
+            return turned, k, plan.bias
         (B, T, N, H), here, K = q.shape, plan.sinks.here, k.shape[2]
-        n = here.shape[1]
-        apart = (rotate(q, plan.sinks.turn, interleaved=pairs) - turned).reshape(B, T, K, N // K, H)
-        scale = H**-0.5 if self.cfg.attention_scale is None else self.cfg.attention_scale
-        more = jnp.einsum("BTKGH,BSKH->BKGTS", apart * scale, k[:, :n], preferred_element_type=jnp.float32)
+        n, apart = here.shape[1], rotate(q, plan.sinks.turn, interleaved=pairs) - turned
+        if n == k.shape[1]:  # no cache: heads twice as wide, so that nothing grows with T · S
+            k = jnp.concatenate([k, jnp.where(here[..., None, None], k, 0)], axis=-1)
+            return jnp.concatenate([turned, apart], axis=-1), k, plan.bias
+        first = jax.tree.map(lambda leaf: leaf[:, :n], k).astype(q.dtype)
+        apart = (apart * scale).reshape(B, T, K, N // K, H)
+        more = jnp.einsum("BTKGH,BSKH->BKGTS", apart, first, preferred_element_type=jnp.float32)
         more = jnp.where(here[:, None, None], more.reshape(B, N, T, n), 0)
-        return turned, jnp.pad(more, ((0, 0), (0, 0), (0, 0), (0, k.shape[1] - n)))
+        return turned, k, jnp.pad(more, ((0, 0), (0, 0), (0, 0), (0, k.shape[1] - n)))
 
     def __call__(
         self, x: Float[Array, "B T D"], plan: Plan, cache: LayerCache | None, deterministic: bool

@@ -121,7 +121,10 @@ class Stack(nn.Module):
             first = (k_index >= 0) & (k_index < cfg.n_sinks)
             if bias is not None:
                 bias = jnp.where(first[:, None, None], self.positions.bias(near, k_index), bias)
-            sinks = Sinks(self.positions.turn(near, True), first if cache is None else first[:, : cfg.n_sinks])
+            sinks = Sinks(
+                self.positions.turn(near, True),
+                first if cache is None else first[:, : min(cfg.n_sinks, first.shape[1] - 1)],
+            )
         for kind in set(cfg.window_pattern):
             mask = Mask(
                 causal=self.causal, window=cfg.window if kind == "w" else None, n_sinks=cfg.n_sinks, prefix=prefix,

@@ -5,19 +5,21 @@ Hv width of a head's values.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from tx_jax.errors import require
+from tx_jax.ops.int8 import Int8
 from tx_jax.ops.masks import Mask
 
 
 def attention(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K Hv"],
+    k: Float[Array, "B S K H"] | Int8,
+    v: Float[Array, "B S K Hv"] | Int8,
     mask: Mask = Mask(),
     bias: Float[Array, "#B N T S"] | None = None,
     *,
@@ -62,12 +64,22 @@ AUTO = {  # by whether queries are beside earlier keys on a CPU, and whether the
 }  # fmt: skip
 
 
-def _check_shapes(q: Array, k: Array, v: Array) -> None:
+def _check_shapes(q: Array, k: Any, v: Any) -> None:
     shapes = f"q{q.shape}, k{k.shape}, v{v.shape}"
-    require(q.ndim == k.ndim == v.ndim == 4, f"{shapes}: each must be (batch, length, heads, width)")
+    require(len(q.shape) == len(k.shape) == len(v.shape) == 4, f"{shapes}: each must be (batch, length, heads, width)")
     require(k.shape[:3] == v.shape[:3], f"{shapes}: k and v must be alike but in width")
     require(q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3], f"{shapes}: batch and width must be equal in q, k")
     require(q.shape[2] % k.shape[2] == 0, f"{shapes}: the query heads must be a multiple of the key-value heads")
+
+
+def _floats(x: Any, like: Array) -> Array:
+    """Keys or values; those in 8 bits in the dtype of the queries, only when a body has taken what it needs."""
+    return x.astype(like.dtype) if isinstance(x, Int8) else x
+
+
+def _first(x: Any, n: int) -> Any:
+    """Those of the first n positions."""
+    return jax.tree.map(lambda leaf: leaf[:, :n], x)
 
 
 def _by_group(q, k, v):
@@ -100,6 +112,7 @@ def _plain(q, k, v, mask, bias, key, scale, soft_cap, rate, products=_by_group):
     """The reference: holds (B, N, T, S)."""
     B, T, N, H = q.shape
     S, K, Hv = v.shape[1:]
+    k, v = _floats(k, q), _floats(v, q)
     q = (q * jnp.asarray(scale, q.dtype)).reshape(B, T, K, N // K, H)
     scores, mix = products(q, k, v)
     if soft_cap is not None:
@@ -133,7 +146,15 @@ def _blockwise(q, k, v, mask, bias, key, scale, soft_cap, rate, block=None, body
         part = None if bias is None else bias[:, :, start:stop, :seen]
         key = None if key is None else jax.random.fold_in(key, start)
         return body(
-            q[:, start:stop], k[:, :seen], v[:, :seen], mask.rows(start, stop, seen), part, key, scale, soft_cap, rate
+            q[:, start:stop],
+            _first(k, seen),
+            _first(v, seen),
+            mask.rows(start, stop, seen),
+            part,
+            key,
+            scale,
+            soft_cap,
+            rate,
         )
 
     blocks = [rows(start, min(start + block, T), q, k, v, mask, bias, key) for start in range(0, T, block)]
@@ -155,7 +176,9 @@ def _within_reach(q, k, v, mask, bias, key, scale, soft_cap, rate):
     def first(n):
         part = None if bias is None else bias[..., :n]
         products = _by_row if T == 1 and K <= FEW_HEADS and B * n > LEAST else _by_group
-        return lambda: _plain(q, k[:, :n], v[:, :n], mask.rows(0, T, n), part, key, scale, soft_cap, rate, products)
+        return lambda: _plain(
+            q, _first(k, n), _first(v, n), mask.rows(0, T, n), part, key, scale, soft_cap, rate, products
+        )
 
     enough = (mask.n_keys(T, S) > jnp.array(sizes[:-1], jnp.int32)).sum()
     return jax.lax.switch(enough, [first(n) for n in sizes])
@@ -177,13 +200,14 @@ def _by_keys(q, k, v, mask, bias, key, scale, soft_cap, rate):
         top, total, out = parts
         start = jnp.minimum(i * width, S - width)  # the last block overlaps the one before, where it is not counted
         seen = mask.columns(start, width, S).materialize(T, width) & (start + jnp.arange(width) >= i * width)
-        ks, vs = (jax.lax.dynamic_slice_in_dim(x, start, width, axis=1) for x in (k, v))
+        here = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, width, axis=1), (k, v))
+        ks, vs = (_floats(x, q) for x in here)
         scores = jnp.einsum("BKGTH,BSKH->BKGTS", q, ks, preferred_element_type=jnp.float32)
         if soft_cap is not None:
             scores = soft_cap * jnp.tanh(scores / soft_cap)
         if bias is not None:
-            here = jax.lax.dynamic_slice_in_dim(bias, start, width, axis=3)
-            scores += here.reshape(-1, K, N // K, T, width)
+            part = jax.lax.dynamic_slice_in_dim(bias, start, width, axis=3)
+            scores += part.reshape(-1, K, N // K, T, width)
         scores = jnp.where(seen[:, None, None], scores, least)
         highest = jnp.maximum(top, jax.lax.stop_gradient(scores.max(axis=-1)))
         before = jnp.exp(top - highest)
@@ -192,7 +216,7 @@ def _by_keys(q, k, v, mask, bias, key, scale, soft_cap, rate):
         if rate > 0:
             kept = jax.random.bernoulli(jax.random.fold_in(key, i), 1 - rate, weights.shape)
             weights *= kept / (1 - rate)
-        more = jnp.einsum("BKGTS,BSKH->BKGTH", weights.astype(v.dtype), vs, preferred_element_type=jnp.float32)
+        more = jnp.einsum("BKGTS,BSKH->BKGTH", weights.astype(vs.dtype), vs, preferred_element_type=jnp.float32)
         return highest, total, out * before[..., None] + more
 
     def step(parts, i):

@@ -22,6 +22,11 @@ class Int8(NamedTuple):
     values: Int[Array, "*rows width"]
     scale: Float[Array, "*rows"]
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the array."""
+        return self.values.shape
+
     def astype(self, dtype: Any) -> Float[Array, "*rows width"]:
         """The array that this stands for."""
         return (self.values.astype(jnp.float32) * self.scale[..., None]).astype(dtype)
@@ -47,10 +52,10 @@ def int8_product(x: Float[Array, "R I"], w: Int8, dtype: Any) -> Float[Array, "R
     values, x = jax.lax.optimization_barrier((w.values, x))
     values = values.astype(x.dtype)
     if len(x) == 1:
-        y = (values * x[0]).sum(axis=1, dtype=dtype)[None]
+        y = (values * x[0]).sum(axis=1, dtype=jnp.float32)[None]
     else:
-        y = jnp.einsum("RI,OI->RO", x, values, preferred_element_type=dtype)
-    return y * w.scale.astype(dtype)
+        y = jnp.einsum("RI,OI->RO", x, values, preferred_element_type=jnp.float32)
+    return (y * w.scale).astype(dtype)
 
 
 def quantize(params: PyTree) -> Any:
@@ -68,7 +73,9 @@ def quantize(params: PyTree) -> Any:
     leaves, tree = jax.tree_util.tree_flatten_with_path(params)
     names = ["/" + jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
     matrices = [name.endswith(MATRICES) for name in names]
-    require(any(matrices), f"params holds no {' or '.join(MATRICES)} to put in 8 bits; give a model's parameters, once")
+    twice = any(name.endswith("/values") for name in names)
+    require(not twice, "params holds matrices in 8 bits already; use them as they are")
+    require(any(matrices), f"params holds no {' or '.join(MATRICES)} to put in 8 bits; give a model's parameters")
     return tree.unflatten(
         to_int8(jnp.asarray(leaf)) if is_one else leaf for is_one, (_, leaf) in zip(matrices, leaves, strict=True)
     )
