@@ -175,7 +175,7 @@ def _within_reach(q, k, v, mask, bias, key, scale, soft_cap, rate):
 
     def first(n):
         part = None if bias is None else bias[..., :n]
-        products = _by_row if T == 1 and K <= FEW_HEADS and B * n > LEAST else _by_group
+        products = _by_row if T == 1 and K <= FEW_HEADS and B * n > LEAST <= n else _by_group
         return lambda: _plain(
             q, _first(k, n), _first(v, n), mask.rows(0, T, n), part, key, scale, soft_cap, rate, products
         )
