@@ -159,8 +159,8 @@ def test_cross_attention_is_the_softmax_over_the_source(change):
     assert weights.std() > 0.01
     # The first layer's heads, put together with the values, are what its cross-attention gives.
     memory = model.apply({"params": params}, source, positions, method="encode")
-    v = jnp.repeat(memory.layers[0].v, 4 // cfg.K, axis=2)
-    heads = jnp.einsum("BNTS,BSNH->BTNH", weights[0], v).reshape(2, 3, -1)
+    v = jnp.repeat(memory.layers[0].v, 4 // cfg.K, axis=1)
+    heads = jnp.einsum("BNTS,BNSH->BTNH", weights[0], v).reshape(2, 3, -1)
     out = heads @ params["decoder"]["blocks_0"]["cross_attention"]["out"]["kernel"].T
     jax.clear_caches()  # blocks are traced once, whatever is then asked of them
     _, found = model.apply(

@@ -4,6 +4,7 @@ Batch is axis 0 of every leaf, so a beam's reordering, a split or a sharding is 
 encoder's output, which cross-attention reads, have the same type.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -18,10 +19,14 @@ CACHE_DTYPES = ("float32", "bfloat16", "int8")
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer."""
+    """Keys and values of one layer, as attention's two products read them: in another order, XLA on CPU would copy all
+    of a cache at each step."""
 
-    k: Float[Array, "B S K H"] | Int8
-    v: Float[Array, "B S K Hv"] | Int8
+    k: Float[Array, "B K H S"] | Int8
+    v: Float[Array, "B K S Hv"] | Int8
+
+
+SLOTS, WIDTH = (3, 2), (2, 3)  # which axis of k and of v is that of the slots, and of a head's numbers
 
 
 class Cache(NamedTuple):
@@ -56,11 +61,12 @@ def init_cache(cfg: ModelConfig, batch_size: int, n_slots: int | None = None, dt
     dtype = cfg.dtype if dtype is None else dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
     require(dtype in CACHE_DTYPES, f"dtype={dtype!r} is not one of {', '.join(CACHE_DTYPES)}")
 
-    def empty(width: int) -> Any:
-        zeros = jnp.zeros((batch_size, n_slots, cfg.K, width), dtype)
-        return Int8(zeros, jnp.zeros(zeros.shape[:-1])) if dtype == "int8" else zeros
+    def empty() -> LayerCache:
+        shapes = (batch_size, cfg.K, cfg.H, n_slots), (batch_size, cfg.K, n_slots, cfg.Hv)
+        zeros = (jnp.zeros(shape, "float32" if dtype == "int8" else dtype) for shape in shapes)
+        return LayerCache(*(map(to_int8, zeros, WIDTH) if dtype == "int8" else zeros))
 
-    layers = tuple(LayerCache(empty(cfg.H), empty(cfg.Hv)) for _ in range(cfg.n_layers))
+    layers = tuple(empty() for _ in range(cfg.n_layers))
     return Cache(layers, jnp.full((batch_size, n_slots), -1, jnp.int32))
 
 
@@ -74,15 +80,38 @@ def slots_of(positions: Int[Array, "B T"], n_slots: int, n_sinks: int = 0) -> In
     return jnp.where(positions < 0, n_slots, jnp.where(positions < n_sinks, positions, ring))
 
 
-def write(store: Any, new: Any, slots: Int[Array, "B T"]) -> Any:
-    """`store` (B, S, …) with `new` (B, T, …) at its slots; what is out of range is dropped, never clamped."""
-    if isinstance(store, Int8) and not isinstance(new, Int8):
-        new = to_int8(new)
+def write(store: Array, new: Array, slots: Int[Array, "B T"], axis: int = 1) -> Array:
+    """`store` with T things of `new` at its slots along `axis`; what is out of range is dropped, never clamped."""
+    before = (slice(None),) * (axis - 1)
+    if slots.size == 1:  # and another, which is dropped: of a single one XLA on CPU makes copies of all of `store`
+        new, slots = jnp.repeat(new, 2, axis), jnp.pad(slots, ((0, 0), (0, 1)), constant_values=store.shape[axis])
 
     def placed(row: Array, values: Array, index: Array) -> Array:
-        return row.at[index].set(values.astype(row.dtype), mode="drop")
+        return row.at[(*before, index)].set(values.astype(row.dtype), mode="drop")
 
-    return jax.tree.map(lambda leaf, values: jax.vmap(placed)(leaf, values, slots), store, new)
+    return jax.vmap(placed)(store, new, slots)
+
+
+def write_layer(cache: LayerCache, new: LayerCache, slots: Int[Array, "B T"]) -> LayerCache:
+    """The cache with T new keys and values at its slots, in 8 bits if it is."""
+    if isinstance(cache.k, Int8) and not isinstance(new.k, Int8):
+        floats: Any = new
+        new = LayerCache(*map(to_int8, floats, WIDTH))
+
+    def placed(leaves: Any, values: Any, axis: int) -> Any:
+        return jax.tree.map(lambda leaf, value: write(leaf, value, slots, axis), leaves, values)
+
+    return LayerCache(*map(placed, cache, new, SLOTS))
+
+
+def by_slots(function: Callable[[Array, int], Array], cache: Cache) -> Cache:
+    """function(leaf, axis) of every leaf, where axis is that of its slots."""
+
+    def each(part: Any, axis: int) -> Any:
+        return jax.tree.map(lambda leaf: function(leaf, axis), part)
+
+    layers = tuple(LayerCache(*map(each, layer, SLOTS)) for layer in cache.layers)
+    return Cache(layers, function(cache.positions, 1))
 
 
 def resize_cache(cache: Cache, n_slots: int, batch_size: int | None = None, n_sinks: int = 0) -> Cache:
@@ -101,30 +130,8 @@ def resize_cache(cache: Cache, n_slots: int, batch_size: int | None = None, n_si
     kept = jnp.where(new | (cache.positions < n_sinks), cache.positions, -1)
     slots = slots_of(kept, n_slots, n_sinks)
 
-    def moved(leaf: Array, fill: int) -> Array:
-        return write(jnp.full((len(leaf), n_slots, *leaf.shape[2:]), fill, leaf.dtype), leaf, slots)
-
-    layers = jax.tree.map(lambda leaf: moved(leaf, 0), cache.layers)
-    return Cache(layers, moved(kept, -1))
-
-
-def to_reading_order(memory: Cache | None) -> Any:
-    """A memory laid out once so that a loop's steps read it in order; `from_reading_order` is its way back.
-
-    XLA on CPU transposes the keys (B, S, K, H) to (B, K, H, S) and the values to (B, K, S, H) for its products, in each
-    step of a loop. In what has this layout already the two transpositions cancel, and no step copies anything; the
-    barrier keeps XLA from moving one of them out of the loop. A step over 1,000 tokens of 32 sources takes a quarter of
-    the time, or less (benchmarks/RESULTS.md).
-    """
-    if memory is None:
-        return None
-    floats: Any = memory.layers  # an encoder's output is never in 8 bits
-    return tuple((k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)) for k, v in floats), memory.positions
-
-
-def from_reading_order(laid: Any) -> Cache | None:
-    """The memory that `to_reading_order` laid out."""
-    if laid is None:
-        return None
-    layers, positions = jax.lax.optimization_barrier(laid)
-    return Cache(tuple(LayerCache(k.transpose(0, 3, 1, 2), v.transpose(0, 2, 1, 3)) for k, v in layers), positions)
+    empty = by_slots(
+        lambda leaf, axis: jnp.zeros_like(leaf, shape=(*leaf.shape[:axis], n_slots, *leaf.shape[axis + 1 :])), cache
+    )
+    layers = tuple(write_layer(old, new, slots) for old, new in zip(empty.layers, cache.layers, strict=True))
+    return Cache(layers, write(empty.positions - 1, kept, slots))

@@ -18,7 +18,7 @@ from tx_jax.data.libraries import package
 from tx_jax.data.subwords import Subwords
 from tx_jax.errors import require
 from tx_jax.models import EncoderDecoder, count_params
-from tx_jax.ops.attention import attention
+from tx_jax.ops.attention import laid_attention
 from tx_jax.ops.masks import Mask
 from tx_jax.presets import MODELS
 from tx_jax.translate import Translation
@@ -74,12 +74,12 @@ def cross_attention(
         ),
     )  # fmt: skip
     (B, S), mask = source.shape, Mask(k_positions=memory.positions)
-    one_hot = jnp.broadcast_to(jnp.eye(S)[:, None], (B, S, cfg.K, S))  # as values, they give the weights themselves
+    one_hot = jnp.broadcast_to(jnp.eye(S), (B, cfg.K, S, S))  # as values, they give the weights themselves
 
     def weights(i: int) -> Array:
         (q,) = found["intermediates"]["decoder"][f"blocks_{i}"]["cross_attention"][name]["__call__"]
         q, k = q.reshape(*tokens.shape, cfg.n_heads, cfg.H), memory.layers[i].k
-        return attention(q, k, one_hot, mask, scale=cfg.attention_scale, soft_cap=cfg.attention_soft_cap)
+        return laid_attention(q, k, one_hot, mask, scale=cfg.attention_scale, soft_cap=cfg.attention_soft_cap)
 
     return jnp.stack([weights(i) for i in range(cfg.n_layers)]).swapaxes(2, 3)
 

@@ -131,14 +131,18 @@ def test_a_prefix_that_does_not_fit():
 def test_resizing_a_cache_keeps_the_last_tokens(n_slots):
     model, params, _ = make("llama")
     _, cache = tx.prefill(model, params, tx.pad_prompts(PROMPTS), tx.init_cache(model.cfg, 3, 12))
-    cache = jax.tree.map(lambda leaf: leaf[:, ::-1], cache)  # the newest first: of two in one slot the last is written
+    layers = tuple(tx.LayerCache(k[..., ::-1], v[:, :, ::-1]) for k, v in cache.layers)
+    cache = tx.Cache(layers, cache.positions[:, ::-1])  # the newest first: of two in one slot the last is written
     resized = tx.resize_cache(cache, n_slots, batch_size=6)
     for b, prompt in enumerate(PROMPTS):
         kept = range(max(len(prompt) - n_slots, 0), len(prompt))
         for row in (2 * b, 2 * b + 1):
             assert sorted(p for p in resized.positions[row].tolist() if p >= 0) == [*kept]
             for p in kept:
-                np.testing.assert_array_equal(resized.layers[1].k[row, p % n_slots], cache.layers[1].k[b, 11 - p])
+                np.testing.assert_array_equal(
+                    resized.layers[1].k[row, ..., p % n_slots], cache.layers[1].k[b, ..., 11 - p]
+                )
+                np.testing.assert_array_equal(resized.layers[1].v[row, :, p % n_slots], cache.layers[1].v[b, :, 11 - p])
     with pytest.raises(InputError, match=r"^batch_size=4 must be a multiple of the cache's 3 rows$"):
         tx.resize_cache(cache, 12, batch_size=4)
 

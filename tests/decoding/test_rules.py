@@ -195,8 +195,9 @@ def test_a_key_for_each_row():
 
 @pytest.mark.parametrize("name", OF_TEXT)
 def test_a_rule_about_the_text_needs_one(name):
+    value = {"forbidden": [1], "forced": [1], "processor": after_the_last}.get(name, 1)
     with pytest.raises(InputError, match=f"^{name} looks at what was written; give text=begin_text"):
-        sample(jnp.zeros((1, V)), Sampler(**{name: 1 if name not in ("forbidden", "forced") else [1]}))
+        sample(jnp.zeros((1, V)), Sampler(**{name: value}))
 
 
 NAN, KEY = float("nan"), {"key": jax.random.key(0)}
@@ -219,6 +220,8 @@ REFUSED = [  # (a sampler, other arguments, the error)
     (Sampler(temperature=1.0, typical_p=0), KEY, "typical_p=0 must be in (0, 1]; leave it out (None) to keep all"),
     (Sampler(temperature=1.0, epsilon_cutoff=1.0), KEY, "epsilon_cutoff=1.0 must be in [0, 1); leave it out (None)"),
     (Sampler(temperature=1.0, eta_cutoff=0.0), KEY, "eta_cutoff=0.0 must be in (0, 1); leave it out (None)"),
+    (Sampler(temperature="hot"), KEY, "temperature=hot must be one number for all rows, or one for each of 2"),
+    (Sampler(processor=3), {}, "processor=3 must be a function of (logits, text) that gives logits"),
     (Sampler(typical_p=0.5), {}, "typical_p without a temperature above 0 would be ignored; set one, such as 1.0"),
     (Sampler(forbidden=()), {}, "forbidden=() holds no id; leave it out"),
     (Sampler(forbidden=[V]), {}, f"forbidden holds id [{V}]; the vocabulary is 0 … {V - 1}"),
@@ -242,3 +245,39 @@ def test_refused(sampler, more, text):
     with pytest.raises(InputError) as error:
         tx.generate.__wrapped__(model, {}, np.ones((2, 3), np.int32), max_new_tokens=2, sampler=sampler, **more)
     assert str(error.value).startswith(text)
+
+
+def after_the_last(logits, text, step=1):
+    """May be only the id that is `step` above the last one of the text."""
+    last = jnp.take_along_axis(text.tokens, text.n_tokens[:, None] - 1, axis=1)
+    return jnp.where(jnp.arange(V) == (last + step) % V, logits, -jnp.inf)
+
+
+def test_a_function_of_ones_own_in_every_way_of_writing():
+    model = tx.build(tx.ModelConfig(vocab_size=V, d_model=8, n_heads=2, n_layers=1, max_len=64))
+    params, prompts = tx.init_params(model, jax.random.key(0)), [[3, 9], [4, 1, 7]]
+    expected = [[(prompt[-1] + 1 + i) % V for i in range(6)] for prompt in prompts]
+    prompt, how = tx.pad_prompts(prompts), {"sampler": Sampler(processor=after_the_last), "max_new_tokens": 6}
+    assert tx.generate(model, params, *prompt, **how).tokens.tolist() == expected
+    assert tx.speculate(model, params, *prompt, **how).tokens.tolist() == expected
+    assert np.stack([*tx.stream(model, params, *prompt, **how)], axis=1).tolist() == expected
+    assert [w.tokens.tolist() for w in sorted(tx.write_all(model, params, prompts, **how))] == expected
+    drawn = how | {"sampler": (Sampler(processor=after_the_last), Sampler(temperature=2.0)), "key": jax.random.key(1)}
+    assert tx.generate(model, params, *prompt, **drawn).tokens.tolist() == expected
+
+
+def test_a_function_that_holds_arrays_compiles_once():
+    compiled, text = (
+        jax.jit(lambda *given: sample(*given)),
+        begin_text(jnp.array([[3], [5]]), jnp.zeros((2, 1), int), 1),
+    )
+    for step in (1, 2, 5):
+        (ruled,) = as_arrays(Sampler(processor=jax.tree_util.Partial(after_the_last, step=jnp.asarray(step))), V)
+        assert compiled(jnp.zeros((2, V)), ruled, None, text).tolist() == [3 + step, 5 + step]
+    assert compiled._cache_size() == 1
+
+
+def test_a_function_that_gives_other_shapes():
+    text = begin_text(jnp.array([[3]]), jnp.zeros((1, 1), int), 1)
+    with pytest.raises(InputError, match=r"^processor gave logits of shape \(1,\); it was given \(1, 13\), and must "):
+        sample(jnp.zeros((1, V)), Sampler(processor=lambda logits, text: logits[:, 0]), text=text)

@@ -44,7 +44,7 @@ def test_a_product(n_rows, dtype):
     x = jnp.asarray(rng.normal(size=(n_rows, 11)), dtype)
     expected = np.asarray(x, np.float64) @ np.asarray(w.astype("float32"), np.float64).T
     found = int8_product(x, w, jnp.float32)
-    np.testing.assert_allclose(found, expected, rtol=1e-5 if dtype == "float32" else 2e-2, atol=1e-5)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-4)  # of a row of x, 15 bits are kept
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gptj", "llama", "bert-mlm", "gemma2", "t5-lm"])
@@ -53,7 +53,7 @@ def test_a_model_is_that_of_the_floats(name):
     small, tokens = tx.quantize(params), draw_tokens(3)
     expected, _ = run(model, floats(small), tokens, ragged(T, 5, 1))
     found, _ = run(model, small, tokens, ragged(T, 5, 1))
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=5e-4 * np.abs(expected).max())
     exact, _ = run(model, params, tokens, ragged(T, 5, 1))
     assert np.abs(np.asarray(expected) - np.asarray(exact)).max() > 1e-4
 
@@ -65,7 +65,7 @@ def test_what_is_changed():
     block = small["stack"]["blocks_0"]
     assert isinstance(block["mlp"]["up"]["kernel"], Int8)
     assert isinstance(small["embed"]["table"], Int8)
-    assert block["mlp"]["up"]["kernel"].scale.shape == block["mlp"]["up"]["bias"].shape
+    assert block["mlp"]["up"]["kernel"].scale.shape == (*block["mlp"]["up"]["bias"].shape, 1)
     same = {name: part for name, part in block["mlp"]["up"].items() if name != "kernel"}
     assert same == {"bias": params["stack"]["blocks_0"]["mlp"]["up"]["bias"]}
     assert not isinstance(small["stack"]["positions"]["table"], Int8)
@@ -114,7 +114,7 @@ def test_a_cache_stays_as_it_begins():
     plain = tx.generate(model, params, *prompt, max_new_tokens=6)
     np.testing.assert_allclose(out.log_probs[:, 0], plain.log_probs[:, 0], atol=0.1)
     half = tx.resize_cache(out.cache, 30, batch_size=4)
-    assert half.layers[0].k.scale.shape == (4, 30, model.cfg.K)
+    assert half.layers[0].k.scale.shape == (4, model.cfg.K, 1, 30)
 
 
 def test_no_copy_in_floats_is_made_for_a_loop():

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from tx_jax.cache import Cache, from_reading_order, init_cache, to_reading_order
+from tx_jax.cache import Cache, by_slots, init_cache
 from tx_jax.decoding.beam_rules import LENGTH_PENALTIES, RULES, Rules, among, check_ids, check_numbers
 from tx_jax.decoding.generate import hidden_of, logits_of, prefill
 from tx_jax.decoding.prompts import LanguageModel, prepare
@@ -103,13 +103,11 @@ def _search(model, params, prompt, n_slots, rules, alpha, memory):
     def penalise(log_probs, n_tokens):
         return log_probs / LENGTH_PENALTIES[rules.penalty](jnp.asarray(n_tokens, jnp.float32), alpha)
 
-    laid = to_reading_order(memory)
-
     def step(state: State) -> State:
         token = jax.lax.dynamic_index_in_dim(state.tokens, state.step - 1, axis=2).reshape(-1, 1)
         stopped = jnp.repeat(state.done, n)  # a sentence that has stopped writes nothing more
         positions = jnp.where(stopped, -1, state.cache.next_positions())
-        x, cache = hidden_of(model, params, token, positions[:, None], state.cache, from_reading_order(laid))
+        x, cache = hidden_of(model, params, token, positions[:, None], state.cache, memory)
         return _grow(state._replace(cache=cache), logits_of(model, params, x[:, 0]), rules, penalise)
 
     n_slots = min(n_slots, prompt.tokens.shape[1] + new - 1)  # the last token is never written
@@ -162,11 +160,11 @@ def _reorder(cache: Cache, rows: Int[Array, " R"]) -> Cache:
     """The cache with each row's past taken from rows[row]: of its slots, those that hold something, in place."""
     n_chunks = -(-jnp.minimum(cache.next_positions().max(), cache.positions.shape[1]) // CHUNK)
 
-    def move(i: Array, leaf: Array) -> Array:
-        part = jax.lax.dynamic_slice_in_dim(leaf, i * CHUNK, CHUNK, axis=1)[rows]
-        return jax.lax.dynamic_update_slice_in_dim(leaf, part, i * CHUNK, axis=1)
+    def move(i: Array, leaf: Array, axis: int) -> Array:
+        part = jax.lax.dynamic_slice_in_dim(leaf, i * CHUNK, CHUNK, axis)[rows]
+        return jax.lax.dynamic_update_slice_in_dim(leaf, part, i * CHUNK, axis)
 
-    return jax.lax.fori_loop(0, n_chunks, lambda i, cache: jax.tree.map(functools.partial(move, i), cache), cache)
+    return jax.lax.fori_loop(0, n_chunks, lambda i, cache: by_slots(functools.partial(move, i), cache), cache)
 
 
 def _candidates(state: State, logits: Float[Array, "R V"], rules: Rules) -> tuple[Array, Array, Array]:

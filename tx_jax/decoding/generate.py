@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from tx_jax.cache import Cache, from_reading_order, init_cache, resize_cache, to_reading_order
+from tx_jax.cache import Cache, init_cache, resize_cache
 from tx_jax.decoding.automaton import Automaton
 from tx_jax.decoding.prompts import CHUNK, LanguageModel, Prompt, prepare
 from tx_jax.decoding.rules import Text, begin_text
@@ -99,12 +99,11 @@ def decode(
         The others are those of `generate`; memory may serve several rows each.
     """
     ends = None if eos_id is None else jnp.atleast_1d(jnp.asarray(eos_id, jnp.int32))
-    laid, sampler = to_reading_order(memory), as_arrays(sampler, logits.shape[1])
-    how = {"sampler": sampler, "key": key, "automaton": automaton}
+    how = {"sampler": as_arrays(sampler, logits.shape[1]), "key": key, "automaton": automaton}
     first = begin(logits, cache, max_new_tokens, prompt, ends, **how, n_top=n_top)
 
     def step(writing: Writing) -> Writing:
-        return advance(model, params, writing, from_reading_order(laid), **how)
+        return advance(model, params, writing, memory, **how)
 
     return as_generation(jax.lax.while_loop(lambda writing: ~writing.done.all(), step, first))
 

@@ -4,12 +4,15 @@ Pure functions (logits, number, text) → logits, of the semantics that transfor
 number is one for all rows, or one for each. Logits of −inf are tokens that cannot come.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+
+from tx_jax.errors import require
 
 Number = float | int | Float[Array | np.ndarray, "*b"] | Int[Array | np.ndarray, "*b"]
 Logits = Float[Array, "B V"]
@@ -121,6 +124,14 @@ def force(logits: Logits, ids: Int[Array, "*b n"], text: Text) -> Logits:
     step = text.n_tokens - text.n_prompt
     token = jnp.take_along_axis(ids, step[:, None], axis=1, mode="fill", fill_value=-1)
     return jnp.where((token < 0) | (jnp.arange(logits.shape[1]) == token), jnp.where(token < 0, logits, 0.0), -jnp.inf)
+
+
+def process(logits: Logits, processor: Callable[[Logits, Text], Logits], text: Text) -> Logits:
+    """What a function of the user's makes of them."""
+    out = processor(logits, text)
+    rule = f"processor gave logits of shape {jnp.shape(out)}"
+    require(jnp.shape(out) == logits.shape, f"{rule}; it was given {logits.shape}, and must give as many")
+    return out
 
 
 def heat(logits: Logits, temperature: Number, text: Text | None = None) -> Logits:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, UInt32
 
 from tx_jax.decoding import rules
@@ -38,6 +39,7 @@ class Sampler(NamedTuple):
     forbidden: Ids | None = None  # ids that are not written
     min_new_tokens: Number | None = None  # before which no text ends
     forced: Ids | None = None  # ids that are written first
+    processor: Callable[[Array, Text], Array] | None = None  # your own: (logits (B, V), the text so far) → logits
     temperature: Number | None = None  # logits are divided by it; 0, or None: the likeliest token
     top_k: Number | None = None  # keep the k likeliest
     top_p: Number | None = None  # keep the likeliest whose probabilities first reach p
@@ -58,6 +60,7 @@ RULES: dict[str, Rule] = {
     "forbidden": rules.forbid,
     "min_new_tokens": rules.forbid_end,
     "forced": rules.force,
+    "processor": rules.process,
     "temperature": rules.heat,
     "top_k": rules.keep_top_k,
     "top_p": rules.keep_top_p,
@@ -66,8 +69,8 @@ RULES: dict[str, Rule] = {
     "epsilon_cutoff": rules.keep_epsilon,
     "eta_cutoff": rules.keep_eta,
 }
-OF_TEXT = tuple(RULES)[1:8]  # rules that look at what was written
-OF_DRAWS = tuple(RULES)[9:]  # rules that leave the likeliest as it is
+OF_TEXT = tuple(RULES)[1:9]  # rules that look at what was written
+OF_DRAWS = tuple(RULES)[10:]  # rules that leave the likeliest as it is
 
 BOUNDS = {  # of each number: (test, rule)
     "repetition_penalty": (lambda x: x > 0, "positive; 1 or None leaves it out"),
@@ -108,7 +111,8 @@ def check_sampler(sampler: Samplers, V: int | None = None, n_rows: int | None = 
         for name, (test, rule) in BOUNDS.items():
             value = getattr(one, name)
             if value is not None:
-                fits = np.ndim(value) == 0 or (np.ndim(value) == 1 and n_rows in (None, np.shape(value)[0]))
+                number = isinstance(value, Tracer) or np.asarray(value).dtype.kind in "iuf"
+                fits = number and (np.ndim(value) == 0 or (np.ndim(value) == 1 and n_rows in (None, len(value))))
                 shape = f"{name}={value} must be one number for all rows, or one for each of {n_rows or 'them'}"
                 require(fits, shape)
                 if not isinstance(value, Tracer):
@@ -116,6 +120,8 @@ def check_sampler(sampler: Samplers, V: int | None = None, n_rows: int | None = 
         for name in ("forbidden", "forced"):
             _check_ids(name, getattr(one, name), V, n_rows)
         _check_bias(one.logit_bias, V, n_rows)
+        own = f"processor={one.processor!r:.60} must be a function of (logits, text) that gives logits"
+        require(one.processor is None or callable(one.processor), own)
         require(one.min_new_tokens is None or ends, f"min_new_tokens={one.min_new_tokens} needs an eos_id; give one")
         forbidden = () if one.forbidden is None or isinstance(one.forbidden, Tracer) else np.unique(one.forbidden)
         left = V is None or len(forbidden) < V
@@ -151,12 +157,15 @@ def _check_bias(bias: Any, V: int | None, n_rows: int | None) -> None:
 
 
 def as_arrays(sampler: Samplers, V: int) -> tuple[Sampler, ...]:
-    """The same with arrays in place of lists and mappings, so that other ids compile nothing."""
+    """The same with arrays in place of lists and mappings, so that other ids compile nothing, and a function as a
+    pytree: a `jax.tree_util.Partial` may hold arrays, too."""
     made = []
     for one in in_turn(sampler):
         if isinstance(one.logit_bias, Mapping):
             bias = jnp.zeros(V).at[jnp.array([*one.logit_bias])].add(jnp.array([*one.logit_bias.values()]))
             one = one._replace(logit_bias=bias)
+        if one.processor is not None and not isinstance(one.processor, Partial):
+            one = one._replace(processor=Partial(one.processor))
         ids = {name: getattr(one, name) for name in ("forbidden", "forced")}
         given = {name: jnp.asarray(value, jnp.int32) for name, value in ids.items() if value is not None}
         made.append(one._replace(**given))

@@ -7,12 +7,11 @@ to where they part, which is a change of its positions alone.
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Integer, PRNGKeyArray
 
-from tx_jax.cache import Cache, init_cache
+from tx_jax.cache import Cache, init_cache, resize_cache
 from tx_jax.decoding.automaton import Automaton
 from tx_jax.decoding.prompts import BUCKET, Prompt, check_tokens, pad_prompts
 from tx_jax.decoding.samplers import Sampler, Samplers, check_sampler, draws
@@ -103,8 +102,5 @@ def _with_room(cache: Cache, length: int, max_len: int) -> Cache:
     n_slots = now = cache.positions.shape[1]
     while n_slots < length:
         n_slots *= 2
-    more = min(n_slots, max(max_len, length)) - now
-    if more <= 0:
-        return cache
-    layers = jax.tree.map(lambda leaf: jnp.pad(leaf, ((0, 0), (0, more), *((0, 0),) * (leaf.ndim - 2))), cache.layers)
-    return Cache(layers, jnp.pad(cache.positions, ((0, 0), (0, more)), constant_values=-1))
+    n_slots = min(n_slots, max(max_len, length))
+    return resize_cache(cache, n_slots) if n_slots > now else cache

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from tx_jax.cache import Cache, from_reading_order, init_cache, to_reading_order
+from tx_jax.cache import Cache, init_cache
 from tx_jax.decoding.automaton import Automaton
 from tx_jax.decoding.generate import hidden_of, logits_of, prefill
 from tx_jax.decoding.prompts import BUCKET, LanguageModel, Prompt, prepare
@@ -64,7 +64,7 @@ def steps(
         prompt: what rules of the sampler see of the text before.
         with_room: what gives a cache the slot that the next token needs.
     """
-    laid, sampler = _lay(memory), as_arrays(sampler, logits.shape[1])
+    sampler = as_arrays(sampler, logits.shape[1])
     ends = jnp.atleast_1d(jnp.asarray(() if eos_id is None else eos_id, jnp.int32))
     text = begin_text(*prompt, -(-max_new_tokens // BUCKET) * BUCKET, ends)
     done = jnp.zeros(len(logits), bool)
@@ -75,10 +75,7 @@ def steps(
         yield np.asarray(token), cache
         if i + 1 == max_new_tokens or (may_end and done.all()):  # else the cache that was given last would be gone
             return
-        logits, cache = _advance(model, params, token, done, with_room(cache), laid)
-
-
-_lay = jax.jit(to_reading_order)
+        logits, cache = _advance(model, params, token, done, with_room(cache), memory)
 
 
 @jax.jit
@@ -94,7 +91,7 @@ def _choose(logits, text, done, state, sampler, key, i, automaton):
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
-def _advance(model, params, token, done, cache, laid):
+def _advance(model, params, token, done, cache, memory):
     positions = jnp.where(done, -1, cache.next_positions())
-    x, cache = hidden_of(model, params, token[:, None], positions[:, None], cache, from_reading_order(laid))
+    x, cache = hidden_of(model, params, token[:, None], positions[:, None], cache, memory)
     return logits_of(model, params, x[:, 0]), cache

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from tx_jax.cache import LayerCache, write
+from tx_jax.cache import LayerCache, write_layer
 from tx_jax.config import ModelConfig
 from tx_jax.errors import require
 from tx_jax.modules.linear import Linear
 from tx_jax.modules.norms import make_qk_norm
-from tx_jax.ops.attention import attention
+from tx_jax.ops.attention import laid_attention
 from tx_jax.ops.masks import Mask
 from tx_jax.ops.positions import Rotation, rotate
 
@@ -62,7 +62,8 @@ class Attention(nn.Module):
         k = k.reshape(*k.shape[:2], cfg.K, cfg.H)
         v = v.reshape(*v.shape[:2], cfg.K, cfg.Hv)
         k = self.k_norm(k) if cfg.qk_norm else k
-        return LayerCache(rotate(k, turn, interleaved=cfg.positions == "rotary_pairs"), v)
+        k = rotate(k, turn, interleaved=cfg.positions == "rotary_pairs")
+        return LayerCache(k.transpose(0, 2, 3, 1), v.swapaxes(1, 2))
 
     def attend(
         self, x: Float[Array, "B T D"], memory: LayerCache, plan: Plan, deterministic: bool
@@ -88,7 +89,7 @@ class Attention(nn.Module):
         q, k, bias = self._turned(q, k, plan, scale)
         drop = cfg.attention_dropout_rate > 0 and not deterministic
         one_by_one = rows < B <= MOST * rows and T == 1 and jax.default_backend() == "cpu"
-        heads = attention(
+        heads = laid_attention(
             q.reshape(rows, -1, *q.shape[2:]), k, v, plan.mask, bias,
             scale=scale,
             soft_cap=cfg.attention_soft_cap,
@@ -104,16 +105,16 @@ class Attention(nn.Module):
         turned = rotate(q, plan.turn, interleaved=pairs)
         if plan.sinks is None or plan.sinks.turn is None:
             return turned, k, plan.bias
-        (B, T, N, H), here, K = q.shape, plan.sinks.here, k.shape[2]
+        (B, T, N, H), here, K = q.shape, plan.sinks.here, k.shape[1]
         n, apart = here.shape[1], rotate(q, plan.sinks.turn, interleaved=pairs) - turned
-        if n == k.shape[1]:  # no cache: heads twice as wide, so that nothing grows with T · S
-            k = jnp.concatenate([k, jnp.where(here[..., None, None], k, 0)], axis=-1)
+        if n == k.shape[3]:  # no cache: heads twice as wide, so that nothing grows with T · S
+            k = jnp.concatenate([k, jnp.where(here[:, None, None], k, 0)], axis=2)
             return jnp.concatenate([turned, apart], axis=-1), k, plan.bias
-        first = jax.tree.map(lambda leaf: leaf[:, :n], k).astype(q.dtype)
+        first = jax.tree.map(lambda leaf: leaf[..., :n], k).astype(q.dtype)
         apart = (apart * scale).reshape(B, T, K, N // K, H)
-        more = jnp.einsum("BTKGH,BSKH->BKGTS", apart, first, preferred_element_type=jnp.float32)
+        more = jnp.einsum("BTKGH,BKHS->BKGTS", apart, first, preferred_element_type=jnp.float32)
         more = jnp.where(here[:, None, None], more.reshape(B, N, T, n), 0)
-        return turned, k, jnp.pad(more, ((0, 0), (0, 0), (0, 0), (0, k.shape[1] - n)))
+        return turned, k, jnp.pad(more, ((0, 0), (0, 0), (0, 0), (0, k.shape[3] - n)))
 
     def __call__(
         self, x: Float[Array, "B T D"], plan: Plan, cache: LayerCache | None, deterministic: bool
@@ -126,6 +127,5 @@ class Attention(nn.Module):
             q, k, v = self.q(x), self.k(x), self.v(x)
         new = self._keys_values(k, v, plan.turn)
         if cache is not None:
-            slots = cast(Array, plan.slots)  # given with every cache
-            new = cache = LayerCache(write(cache.k, new.k, slots), write(cache.v, new.v, slots))
+            new = cache = write_layer(cache, new, cast(Array, plan.slots))  # slots are given with every cache
         return self._attend(q, new, plan, deterministic), cache

@@ -49,8 +49,29 @@ def attention(
     Source: Vaswani et al. 2017, eq. 1; grouped queries: Ainslie et al. 2023; soft cap: Gemma 2, §2.
     """
     _check_shapes(q, k, v)
+    k, v = jax.tree.map(lambda leaf: leaf.transpose(0, 2, 3, 1), k), jax.tree.map(lambda leaf: leaf.swapaxes(1, 2), v)
+    return laid_attention(
+        q, k, v, mask, bias, scale=scale, soft_cap=soft_cap,
+        dropout_rate=dropout_rate, dropout_key=dropout_key, impl=impl,
+    )  # fmt: skip
+
+
+def laid_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B K H S"] | Int8,
+    v: Float[Array, "B K S Hv"] | Int8,
+    mask: Mask,
+    bias: Float[Array, "#B N T S"] | None = None,
+    *,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: PRNGKeyArray | None = None,
+    impl: str = "auto",
+) -> Float[Array, "B T N Hv"]:
+    """`attention` over keys and values laid out as its two products read them, which is how a cache holds them."""
     if impl == "auto":
-        cached = mask.causal and mask.k_positions is not None and q.shape[1] < k.shape[1]
+        cached = mask.causal and mask.k_positions is not None and q.shape[1] < k.shape[3]
         beside = cached and jax.default_backend() == "cpu"
         impl = AUTO[beside, q.shape[1] > BLOCK]
     require(impl in BODIES, f"impl={impl!r} is not one of auto, {', '.join(BODIES)}")
@@ -77,44 +98,40 @@ def _floats(x: Any, like: Array) -> Array:
     return x.astype(like.dtype) if isinstance(x, Int8) else x
 
 
-def _first(x: Any, n: int) -> Any:
+def _first(k: Any, v: Any, n: int) -> tuple[Any, Any]:
     """Those of the first n positions."""
-    return jax.tree.map(lambda leaf: leaf[:, :n], x)
+    return jax.tree.map(lambda leaf: leaf[..., :n], k), jax.tree.map(lambda leaf: leaf[..., :n, :], v)
 
 
-def _by_group(q, k, v):
-    """The scores, and the sum of values by weights, of the queries of each key-value head."""
-
-    def mix(weights):
-        return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v, preferred_element_type=jnp.float32)
-
-    return jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32), mix
-
-
-def _by_row(q, k, v):
-    """The same, of all heads at once: K times the work, but keys and values are read as they lie in a cache.
-
-    Each query is as wide as all key-value heads, and zero but in its own.
-    """
-    (B, T, K, G, H), (S, _, Hv), own = q.shape, v.shape[1:], jnp.eye(k.shape[2], dtype=q.dtype)
-    wide = jnp.einsum("BTKGH,KL->BKGTLH", q, own).reshape(B, -1, K * H)
-    scores = jnp.einsum("BRC,BSC->BRS", wide, k.reshape(B, S, -1), preferred_element_type=jnp.float32)
-
-    def mix(weights):
-        rows, flat = weights.reshape(B, -1, S), v.reshape(B, S, -1)
-        out = jnp.einsum("BRS,BSC->BRC", rows, flat, preferred_element_type=jnp.float32)
-        return jnp.einsum("BKGTLH,KL->BTKGH", out.reshape(B, K, G, T, K, Hv), own.astype(out.dtype))
-
-    return scores.reshape(B, K, G, T, S), mix
-
-
-def _plain(q, k, v, mask, bias, key, scale, soft_cap, rate, products=_by_group):
-    """The reference: holds (B, N, T, S)."""
+def _rows(q: Array, K: int, scale: float) -> Array:
+    """Scaled queries (B, T, N, H) as (B, K, G · T, H), those of each key-value head."""
     B, T, N, H = q.shape
-    S, K, Hv = v.shape[1:]
-    k, v = _floats(k, q), _floats(v, q)
     q = (q * jnp.asarray(scale, q.dtype)).reshape(B, T, K, N // K, H)
-    scores, mix = products(q, k, v)
+    return q.transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
+
+
+def _as_queries(rows: Array, T: int) -> Array:
+    """Of (B, K, G · T, H) the (B, T, N, H)."""
+    B, K, R, H = rows.shape
+    return rows.reshape(B, K, R // T, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, -1, H)
+
+
+def _product(rows: Array, b: Array) -> Array:
+    """(…, G · T, X) times (…, X, Y), summed in float32: in this order, as einsum's choice makes XLA on CPU copy b.
+
+    XLA on CPU has no product of bfloat16 with two axes of batches (jaxlib 0.10), and computes others in float32, too.
+    """
+    if jax.default_backend() == "cpu":
+        rows, b = rows.astype(jnp.float32), b.astype(jnp.float32)
+    return jnp.matmul(rows, b, preferred_element_type=jnp.float32)
+
+
+def _plain(q, k, v, mask, bias, key, scale, soft_cap, rate):
+    """The reference: holds (B, N, T, S)."""
+    B, T, N, _ = q.shape
+    K, S = v.shape[1:3]
+    k, v = _floats(k, q), _floats(v, q)
+    scores = _product(_rows(q, K, scale), k).reshape(B, K, N // K, T, S)
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
     if bias is not None:
@@ -128,8 +145,8 @@ def _plain(q, k, v, mask, bias, key, scale, soft_cap, rate, products=_by_group):
     total = jnp.where(top > least, weights.sum(axis=-1), jnp.inf)  # a row that sees no key gives zeros
     if rate > 0:
         weights *= jax.random.bernoulli(key, 1 - rate, weights.shape) / (1 - rate)
-    out = mix(weights.astype(v.dtype)) / total.transpose(0, 3, 1, 2)[..., None]
-    return out.reshape(B, T, N, Hv).astype(q.dtype)
+    out = _product(weights.reshape(B, K, -1, S).astype(v.dtype), v) / total.reshape(B, K, -1, 1)
+    return _as_queries(out, T).astype(q.dtype)
 
 
 BLOCK = 64  # queries in a block: measured beside 128 and none on CPU (benchmarks/RESULTS.md)
@@ -137,7 +154,7 @@ BLOCK = 64  # queries in a block: measured beside 128 and none on CPU (benchmark
 
 def _blockwise(q, k, v, mask, bias, key, scale, soft_cap, rate, block=None, body=_plain):
     """A block of queries at a time, each recomputed in the backward pass: memory is linear in T."""
-    T, S, block = q.shape[1], k.shape[1], block or BLOCK
+    T, S, block = q.shape[1], k.shape[3], block or BLOCK
     plain_order = mask.causal and mask.q_positions is None and mask.k_positions is None and mask.prefix is None
 
     @functools.partial(jax.checkpoint, static_argnums=(0, 1))
@@ -147,8 +164,7 @@ def _blockwise(q, k, v, mask, bias, key, scale, soft_cap, rate, block=None, body
         key = None if key is None else jax.random.fold_in(key, start)
         return body(
             q[:, start:stop],
-            _first(k, seen),
-            _first(v, seen),
+            *_first(k, v, seen),
             mask.rows(start, stop, seen),
             part,
             key,
@@ -162,7 +178,6 @@ def _blockwise(q, k, v, mask, bias, key, scale, soft_cap, rate, block=None, body
 
 
 LEAST = 256  # keys that are attended in any case
-FEW_HEADS = 8  # key-value heads, up to which XLA on CPU is faster with zeros than with transposing a cache each step
 
 
 def _within_reach(q, k, v, mask, bias, key, scale, soft_cap, rate):
@@ -170,21 +185,18 @@ def _within_reach(q, k, v, mask, bias, key, scale, soft_cap, rate):
 
     A cache has slots for a whole text. To attend over 4,096 of them where 256 hold a key halves the speed of decoding.
     """
-    (B, T), (S, K) = q.shape[:2], k.shape[1:3]
+    T, S = q.shape[1], k.shape[3]
     sizes = [LEAST << n for n in range(S.bit_length()) if LEAST << n < S] + [S]
 
     def first(n):
         part = None if bias is None else bias[..., :n]
-        products = _by_row if T == 1 and K <= FEW_HEADS and B * n > LEAST <= n else _by_group
-        return lambda: _plain(
-            q, _first(k, n), _first(v, n), mask.rows(0, T, n), part, key, scale, soft_cap, rate, products
-        )
+        return lambda: _plain(q, *_first(k, v, n), mask.rows(0, T, n), part, key, scale, soft_cap, rate)
 
     enough = (mask.n_keys(T, S) > jnp.array(sizes[:-1], jnp.int32)).sum()
     return jax.lax.switch(enough, [first(n) for n in sizes])
 
 
-KEYS = 128  # in a block: the scores of as many queries, of all heads, stay in a core's memory
+QUERIES, KEYS = 256, 128  # in a block: its scores, of nine heads, stay in a core's memory
 
 
 def _by_keys(q, k, v, mask, bias, key, scale, soft_cap, rate):
@@ -192,17 +204,21 @@ def _by_keys(q, k, v, mask, bias, key, scale, soft_cap, rate):
 
     The softmax is put together from its parts (Milakov & Gimelshein 2018, alg. 3), so that nothing is as long as S.
     """
-    (B, T, N, H), (S, K, Hv) = q.shape, v.shape[1:]
-    q = (q * jnp.asarray(scale, q.dtype)).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    (B, T, N, _), (K, S, Hv) = q.shape, v.shape[1:]
+    rows = _rows(q, K, scale)
     width, n_seen, least = min(KEYS, S), mask.n_keys(T, S), jnp.finfo(jnp.float32).min
 
     def add(parts, i):
         top, total, out = parts
         start = jnp.minimum(i * width, S - width)  # the last block overlaps the one before, where it is not counted
         seen = mask.columns(start, width, S).materialize(T, width) & (start + jnp.arange(width) >= i * width)
-        here = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, width, axis=1), (k, v))
-        ks, vs = (_floats(x, q) for x in here)
-        scores = jnp.einsum("BKGTH,BSKH->BKGTS", q, ks, preferred_element_type=jnp.float32)
+
+        def here(x: Any, axis: int) -> Array:
+            part = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, width, axis), x)
+            return _floats(part, q)
+
+        vs = here(v, 2)
+        scores = _product(rows, here(k, 3)).reshape(B, K, N // K, T, width)
         if soft_cap is not None:
             scores = soft_cap * jnp.tanh(scores / soft_cap)
         if bias is not None:
@@ -211,29 +227,29 @@ def _by_keys(q, k, v, mask, bias, key, scale, soft_cap, rate):
         scores = jnp.where(seen[:, None, None], scores, least)
         highest = jnp.maximum(top, jax.lax.stop_gradient(scores.max(axis=-1)))
         before = jnp.exp(top - highest)
-        weights = jnp.where(seen[:, None, None], jnp.exp(scores - highest[..., None]), 0)
+        weights = jnp.exp(scores - highest[..., None])  # 1 where nothing is seen yet, which `before` takes away later
         total = total * before + weights.sum(axis=-1)
         if rate > 0:
             kept = jax.random.bernoulli(jax.random.fold_in(key, i), 1 - rate, weights.shape)
             weights *= kept / (1 - rate)
-        more = jnp.einsum("BKGTS,BSKH->BKGTH", weights.astype(vs.dtype), vs, preferred_element_type=jnp.float32)
-        return highest, total, out * before[..., None] + more
+        more = _product(weights.reshape(B, K, -1, width).astype(vs.dtype), vs)
+        return highest, total, out * before.reshape(B, K, -1, 1) + more
 
     def step(parts, i):
         return jax.lax.cond(i * width < n_seen, add, lambda parts, i: parts, parts, i), None
 
-    rows = (B, K, N // K, T)
-    nothing = jnp.full(rows, least), jnp.zeros(rows), jnp.zeros((*rows, Hv))
-    (_, total, out), _ = jax.lax.scan(step, nothing, jnp.arange(-(-S // width)))
-    out /= jnp.where(total > 0, total, jnp.inf)[..., None]
-    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, Hv).astype(q.dtype)
+    shape = (B, K, N // K, T)
+    nothing = jnp.full(shape, least), jnp.zeros(shape), jnp.zeros((B, K, N // K * T, Hv))
+    (top, total, out), _ = jax.lax.scan(step, nothing, jnp.arange(-(-S // width)))
+    total = jnp.where(top > least, total, jnp.inf)  # a row that sees no key gives zeros
+    return _as_queries(out / total.reshape(B, K, -1, 1), T).astype(q.dtype)
 
 
 BODIES = {
     "xla": _plain,
     "blockwise": _blockwise,
     "cached": functools.partial(_blockwise, body=_within_reach),
-    "chunk": functools.partial(_blockwise, body=_by_keys, block=KEYS),
+    "chunk": functools.partial(_blockwise, body=_by_keys, block=QUERIES),
     # For a few queries over keys laid out for reading, which XLA on CPU reads at a quarter of memory's speed in a
     # product with two vectors or more, but at all of it with one (benchmarks/beam.py).
     "by_query": functools.partial(_blockwise, block=1),

@@ -17,45 +17,47 @@ MATRICES = ("/kernel", "embed/table")  # how the paths of a model's matrices end
 
 
 class Int8(NamedTuple):
-    """Rows in 8 bits; the last axis is that of a row."""
+    """Whole numbers and their scale, which has the same axes and length 1 along that of a row."""
 
-    values: Int[Array, "*rows width"]
-    scale: Float[Array, "*rows"]
+    values: Int[Array, "..."]
+    scale: Float[Array, "..."]
 
     @property
     def shape(self) -> tuple[int, ...]:
         """That of the array."""
         return self.values.shape
 
-    def astype(self, dtype: Any) -> Float[Array, "*rows width"]:
+    def astype(self, dtype: Any) -> Float[Array, "..."]:
         """The array that this stands for."""
-        return (self.values.astype(jnp.float32) * self.scale[..., None]).astype(dtype)
+        return (self.values.astype(jnp.float32) * self.scale).astype(dtype)
 
 
-def to_int8(x: Float[Array, "*rows width"]) -> Int8:
-    """x, each row to the nearest of 255 values.
+def to_int8(x: Float[Array, "..."], axis: int = -1) -> Int8:
+    """x, each row along `axis` to the nearest of 255 values.
 
     >>> to_int8(jnp.array([[127.0, -3.4]])).values.tolist()
     [[127, -3]]
     """
     x = x.astype(jnp.float32)
-    scale = jnp.abs(x).max(axis=-1) / 127
-    return Int8(jnp.round(x / jnp.where(scale > 0, scale, 1)[..., None]).astype(jnp.int8), scale)
+    scale = jnp.abs(x).max(axis, keepdims=True) / 127
+    return Int8(jnp.round(x / jnp.where(scale > 0, scale, 1)).astype(jnp.int8), scale)
+
+
+LEAST_ROWS = 4  # of a product: XLA on CPU takes ten times as long for one, and the same up to eight
 
 
 def int8_product(x: Float[Array, "R I"], w: Int8, dtype: Any) -> Float[Array, "R O"]:
-    """x Wᵀ, summed and given in `dtype`.
+    """x Wᵀ, summed in whole numbers and given in `dtype`.
 
-    For one row a sum over rows of W, into which XLA on CPU fuses the conversion; before a product it writes W out. The
-    barrier keeps it from doing so ahead of a loop, for all of a model.
+    x becomes two rows of 8 bits, the second of what the first leaves: 15 bits of a row's largest magnitude stay, and
+    no weight is ever converted. A product of floats would write all of W out first.
     """
-    values, x = jax.lax.optimization_barrier((w.values, x))
-    values = values.astype(x.dtype)
-    if len(x) == 1:
-        y = (values * x[0]).sum(axis=1, dtype=jnp.float32)[None]
-    else:
-        y = jnp.einsum("RI,OI->RO", x, values, preferred_element_type=jnp.float32)
-    return (y * w.scale).astype(dtype)
+    first = to_int8(x)
+    rest = to_int8(x.astype(jnp.float32) - first.astype(jnp.float32))
+    values, scale = (jnp.concatenate(part) for part in zip(first, rest, strict=True))
+    values = jnp.pad(values, ((0, max(0, LEAST_ROWS - len(values))), (0, 0)))
+    y = jnp.einsum("RI,OI->RO", values, w.values, preferred_element_type=jnp.int32)[: 2 * len(x)] * scale
+    return ((y[: len(x)] + y[len(x) :]) * w.scale[:, 0]).astype(dtype)
 
 
 def quantize(params: PyTree) -> Any:
