@@ -124,7 +124,8 @@ def test_drawn_texts_keep_their_distribution(draft, sampler):
         ([1, 2, 3, 1, 2, 4, 1, 2], [4, 1, 2]),  # the latest
         ([5, 1, 2, 3, 1, 2, 4, 5, 1, 2], [3, 1, 2]),  # the longest
         ([1, 2, 3], [-1, -1, -1]),
-        ([7, 7], [7, -1, -1]),
+        ([7, 7, 7], [7, -1, -1]),
+        ([7, 1, 2, 7], [-1, -1, -1]),  # one that agrees is too few
         ([7], [-1, -1, -1]),
     ],
 )

@@ -111,8 +111,7 @@ def _check_prefix(prefix: Cache | None, B: int) -> tuple[int, int]:
     require(rows in (1, B), f"prefix holds {rows} rows, tokens {B}: it must have one for all, or one for each")
     if isinstance(prefix.positions, Tracer):
         return n_slots, 0
-    held = np.asarray(prefix.next_positions())
-    return n_slots, int(held.max())
+    return n_slots, int(np.asarray(prefix.positions).max()) + 1
 
 
 def _check_key(key: Keys | None, drawn: bool, n_rows: int) -> None:

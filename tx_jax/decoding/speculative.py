@@ -197,13 +197,16 @@ def _draft(draft, params, loop: _Loop, n: int, sampler, keys) -> tuple[Array, Ar
     return tokens, shares, cache
 
 
-LONGEST = 4  # tokens of the text's end that are compared
+LEAST, LONGEST = (
+    2,
+    4,
+)  # of the text's last tokens that must agree, and that are compared; one agrees too often by chance
 
 
 def look_up(text: Text, n: int) -> Int[Array, "B n"]:
     """The n tokens that followed where the text's last tokens stood before; −1: there are none.
 
-    Of several places, one where more of the last LONGEST tokens agree, and then the latest.
+    Of several places where at least LEAST agree, one where more of the last LONGEST do, and then the latest.
     """
     tokens, length = text.tokens, text.n_tokens[:, None]
     index = jnp.arange(tokens.shape[1])  # of the token that may follow
@@ -215,7 +218,7 @@ def look_up(text: Text, n: int) -> Int[Array, "B n"]:
     found = jnp.where(index < length, run, 0)
     best = (found * tokens.shape[1] + index).argmax(axis=1)[:, None]
     follow = jnp.take_along_axis(tokens, best + jnp.arange(n), axis=1, mode="fill", fill_value=-1)
-    there = jnp.take_along_axis(found, best, axis=1) > 0
+    there = jnp.take_along_axis(found, best, axis=1) >= LEAST
     return jnp.where(there & (best + jnp.arange(n) < length), follow, -1)
 
 
