@@ -73,6 +73,7 @@ class Args:
     seed: int = 0
     num_samples: int = 1
     stream: bool = False  # print each token as it comes; a chat does
+    int8: bool = False  # read the weights in 8 bits: faster, in a quarter of the memory, and a little less exact
     step: int | None = None  # of a run's checkpoint; None: the newest
 
     def __post_init__(self) -> None:
@@ -125,6 +126,8 @@ def main(argv: list[str]) -> None:
     run = is_run(path)
     args = dataclasses.replace(args, step=latest_step(path) if run and args.step is None else args.step)
     source = open_source(path, args.step)
+    if args.int8:
+        source = source._replace(load=lambda *how, load=source.load: tx.quantize(load(*how)))
     if args.source is not None:
         translate_lines(args, path, source)
         return

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from tx_jax.errors import InputError, require
+from tx_jax.ops.int8 import Int8
 from tx_jax.run_config import LoraConfig
 
 TARGETS = LoraConfig().targets
@@ -104,6 +105,7 @@ def merge_lora(params: PyTree, lora: PyTree, alpha: float) -> Any:
 
 def _add(kernel: Array, adapter: Adapter, alpha: float) -> Array:
     a, b = adapter
+    require(not isinstance(kernel, Int8), "a matrix in 8 bits takes no adapter; merge_lora first, then quantize")
     shape = (b.shape[0], a.shape[1])
     require(kernel.shape == shape, f"an adapter of {list(shape)} does not fit {list(kernel.shape)}; use its own model")
     product = jnp.einsum("OR,RI->OI", b, a, precision="highest")  # an exported model is what was trained

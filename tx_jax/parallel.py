@@ -19,10 +19,10 @@ P = PartitionSpec
 AXIS = "data"  # the axis_name that a step for pmap_step is made with
 BATCH_AXES = ("data", "fsdp")  # of the mesh: both split the batch
 
-RULES: tuple[tuple[str, PartitionSpec], ...] = (  # first match; kernels are (out, in)
-    (r"/(q|k|v|gate|up)/kernel$", P("tensor", "fsdp")),
-    (r"/(out|down)/kernel$", P("fsdp", "tensor")),
-    (r"embed/table$|head/map/kernel$", P("tensor", "fsdp")),
+RULES: tuple[tuple[str, PartitionSpec], ...] = (  # first match; kernels are (out, in), or the two parts of an Int8
+    (r"/(q|k|v|qkv|gate|up|gate_up)/kernel(/values|/scale)?$", P("tensor", "fsdp")),
+    (r"/(out|down)/kernel(/values|/scale)?$", P("fsdp", "tensor")),
+    (r"(embed/table|head/map/kernel)(/values|/scale)?$", P("tensor", "fsdp")),
     (r"", P()),
 )
 

@@ -221,7 +221,7 @@ def test_a_tensor_under_two_names_is_refused(whole, tmp_path):
 def test_parameters_of_another_model_are_not_written(params, tmp_path):
     norm = {"stack": params["stack"] | {"last_norm": {"scale": np.ones(7)}}}
     for other, text in (
-        (without(params, "head"), "params has no head/map/kernel, which its config has; give the parameters of this"),
+        (without(params, "head"), "params has no head/map/kernel, which its config has; give those of this config, "),
         (params | {"more": {"kernel": np.ones(3)}}, "params has more/kernel, which its config has not; give the"),
         (params | norm, r"stack/last_norm/scale is \[7\] in params, and \[8\] by its config"),
     ):

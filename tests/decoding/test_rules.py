@@ -234,6 +234,7 @@ REFUSED = [  # (a sampler, other arguments, the error)
     (Sampler(logit_bias={}), {}, "logit_bias={} holds no id; leave it out"),
     (Sampler(logit_bias=np.zeros(3)), {}, f"logit_bias of shape (3,) must be ({V},), or have a row for each text"),
     (Sampler(temperature=1.0), {"key": jax.random.split(jax.random.key(0), 3)}, "key holds 3 keys; it must be one, or"),
+    (Sampler(temperature=1.0), {"key": 7}, "key=7 is no key; give jax.random.key(seed)"),
     (Sampler(), {"n_samples": 0}, "n_samples=0 must be at least 1 a prompt"),
     (Sampler(), {"n_top": V + 1}, f"n_top={V + 1} must be from 0 to {V}, the tokens that"),
 ]  # fmt: skip

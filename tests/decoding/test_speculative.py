@@ -160,6 +160,7 @@ def test_a_second_prompt_of_the_bucket_compiles_nothing():
             {"draft": (tx.build(replace(CFG, max_len=9)), {})},
             "the draft has max_len=9, the model 64; it must reach as far",
         ),
+        ({"draft": tx.build(CFG)}, "draft=DecoderLM must be two: a model and its parameters"),
         ({"eos_id": V}, f"eos_id holds id [{V}]; the vocabulary is 0 … {V - 1}"),
         ({"sampler": Sampler(temperature=1.0)}, "sampling needs key=jax.random.key(seed)"),
         ({"max_new_tokens": 64}, "a prompt of 3 tokens and max_new_tokens=64 exceed max_len=64"),
@@ -168,4 +169,4 @@ def test_a_second_prompt_of_the_bucket_compiles_nothing():
 def test_refused(more, text):
     model, params = make("llama")
     with pytest.raises(InputError, match="^" + re.escape(text)):
-        tx.speculate(model, params, np.ones((1, 3), np.int32), **{"max_new_tokens": 4} | more)
+        tx.speculate.__wrapped__(model, params, np.ones((1, 3), np.int32), **{"max_new_tokens": 4} | more)

@@ -15,6 +15,7 @@ import tx_jax as tx
 from tests.test_laws import CONFIGS, ONE_STACK, T, draw_tokens, make, ragged, run
 from tx_jax.errors import InputError
 from tx_jax.ops.int8 import Int8, int8_product, to_int8
+from tx_jax.parallel import shardings
 
 NUMBERS = st.floats(-1e4, 1e4, width=32)
 
@@ -125,6 +126,19 @@ def test_no_copy_in_floats_is_made_for_a_loop():
     loop = jax.jit(tx.decode, static_argnums=(0, 4)).lower(model, params, logits, cache, 8).compile()
     held = sum(leaf.nbytes for leaf in jax.tree.leaves((params, cache)))
     assert loop.memory_analysis().temp_size_in_bytes < held
+
+
+def test_they_lie_on_a_mesh_as_the_floats_do():
+    model, params = make("llama")
+    mesh, small = tx.make_mesh(tx.MeshConfig(fsdp=4, tensor=2)), tx.quantize(tx.fuse(params))
+    placed = jax.device_put(small, shardings(small, mesh))
+    block = placed["stack"]["blocks_0"]
+    assert block["attention"]["qkv"]["kernel"].values.sharding.spec == ("tensor", "fsdp")
+    assert block["attention"]["qkv"]["kernel"].scale.sharding.spec == ("tensor", None)
+    assert block["mlp"]["down"]["kernel"].values.sharding.spec == ("fsdp", "tensor")
+    expected, _ = run(model, small, draw_tokens(3), ragged(T, 5, 1))
+    found, _ = run(model, placed, draw_tokens(3), ragged(T, 5, 1))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
 def test_refused():

@@ -110,3 +110,15 @@ def test_an_earlier_step(write):
 def test_without_max_new_tokens_the_context_is_filled(run, sample, capsys):
     sample([str(run), "--prompt", "the cat"])
     assert len(capsys.readouterr().out) == 64 + 1
+
+
+def test_weights_in_8_bits(run, write, sample, capsys):
+    """Another perplexity than that of the weights themselves, and near it; they write in all ways."""
+
+    def perplexity(*flags):
+        sample([str(run), "--perplexity", "the cat sat on the mat", *flags])
+        return float(capsys.readouterr().out.split()[1])
+
+    exact, rounded = perplexity(), perplexity("--int8")
+    assert exact != rounded == pytest.approx(exact, rel=0.05)
+    assert write("--int8", "--seed", "1", "--stream") == write("--int8", "--seed", "1")

@@ -152,7 +152,10 @@ def check_leaves(params: dict, shapes: dict[str, Shape]) -> None:
     found = {name: np.shape(leaf) for name, leaf in _by_path(params).items()}
     missing = [name for name in shapes if name not in found and not name.endswith("/bias")]
     extra = [name for name in found if name not in shapes]
-    require(not missing, f"params has no {_few(missing)}, which its config has; give the parameters of this config")
+    require(
+        not missing,
+        f"params has no {_few(missing)}, which its config has; give those of this config, neither fused nor in 8 bits",
+    )
     require(not extra, f"params has {_few(extra)}, which its config has not; give the parameters of this config")
     for name, shape in found.items():
         require(shape == shapes[name], f"{name} is {list(shape)} in params, and {list(shapes[name])} by its config")

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple, cast
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
@@ -116,6 +117,7 @@ def _check_prefix(prefix: Cache | None, B: int) -> tuple[int, int]:
 
 def _check_key(key: Keys | None, drawn: bool, n_rows: int) -> None:
     require(not drawn or key is not None, "sampling needs key=jax.random.key(seed); without a temperature it is greedy")
+    require(key is None or isinstance(key, jax.Array), f"key={key!r:.60} is no key; give jax.random.key(seed)")
     if key is not None and is_by_row(key):
         require(len(key) == n_rows, f"key holds {len(key)} keys; it must be one, or one for each of {n_rows} rows")
 

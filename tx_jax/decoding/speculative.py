@@ -19,7 +19,7 @@ from tx_jax.cache import Cache, init_cache
 from tx_jax.decoding.generate import hidden_of, logits_of, prefill
 from tx_jax.decoding.prompts import prepare
 from tx_jax.decoding.rules import Text, begin_text
-from tx_jax.decoding.samplers import Keys, Sampler, Samplers, as_arrays, is_by_row, probabilities
+from tx_jax.decoding.samplers import Keys, Sampler, Samplers, as_arrays, draws, is_by_row, probabilities
 from tx_jax.errors import require
 from tx_jax.models import DecoderLM
 
@@ -79,6 +79,8 @@ def speculate(
     bad = [end for end in ends if not 0 <= end < V]
     require(not bad, f"eos_id holds id {bad[:1]}; the vocabulary is 0 … {V - 1}")
     if draft is not None:
+        pair = isinstance(draft, tuple) and len(draft) == 2
+        require(pair, f"draft={type(draft).__name__} must be two: a model and its parameters")
         other = draft[0].cfg
         require(other.vocab_size == V, f"the draft has {other.vocab_size} tokens, the model {V}; they must be the same")
         short = f"the draft has max_len={other.max_len}, the model {cfg.max_len}"
@@ -154,7 +156,8 @@ def _accept(loop: _Loop, logits, proposed, shares, sampler, keys) -> _Loop:
         taken = (token >= 0) & (u * q[rows, there] < p[rows, there])
         rest = jnp.where((token >= 0)[:, None], jnp.maximum(p - q, 0), p)
         rest = jnp.where(rest.sum(axis=1, keepdims=True) > 0, rest, p)  # p = q, and rounding
-        token = jnp.where(taken, there, jax.vmap(jax.random.categorical)(_fold(at, 1), jnp.log(rest)))
+        own = jax.vmap(jax.random.categorical)(_fold(at, 1), jnp.log(rest)) if draws(sampler) else rest.argmax(axis=1)
+        token = jnp.where(taken, there, own)
         silent = done | ~goes_on
         here = jnp.take_along_axis(jax.nn.log_softmax(logits.astype(jnp.float32)), token[:, None], axis=1)[:, 0]
         where = jnp.where(silent, new, text.n_tokens - text.n_prompt)
