@@ -16,8 +16,8 @@ def fuse(params: PyTree) -> Any:
     """The parameter tree with q, k, v of each self-attention in one matrix, and gate, up of each feed-forward in one.
 
     The model is the same: a block takes what it finds in the tree. It decodes by a tenth faster on a CPU
-    (benchmarks/RESULTS.md). For decoding, before or after `quantize`: training, sharding and export know the parts.
-    While it works, both trees are held.
+    (benchmarks/RESULTS.md). For decoding, before or after `quantize`: training and export know the parts. While it
+    works, both trees are held. On a mesh, q, k and v do not end where shards do, so that devices exchange them.
 
     >>> part = {"kernel": jnp.ones((2, 3))}
     >>> fuse({"mlp": {"gate": part, "up": part}})["mlp"]["gate_up"]["kernel"].shape

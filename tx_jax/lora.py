@@ -19,6 +19,9 @@ from tx_jax.run_config import LoraConfig
 TARGETS = LoraConfig().targets
 
 
+_NO_INT8 = "a matrix in 8 bits takes no adapter; train with floats and merge_lora first, then quantize"
+
+
 class Adapter(NamedTuple):
     """What is added to one kernel, which is (out, in)."""
 
@@ -40,7 +43,8 @@ def init_lora(params: PyTree, key: PRNGKeyArray, rank: int, targets: str = TARGE
     Raises:
         InputError: nothing matches, or what does is no matrix, or has no room for the rank.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(params)
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda leaf: isinstance(leaf, Int8))
+    require(not any(isinstance(leaf, Int8) for _, leaf in leaves), _NO_INT8)
     shapes = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
     require(rank >= 1, f"rank={rank} must be at least 1; 8 is usual")
     tree: dict = {}
@@ -103,10 +107,11 @@ def merge_lora(params: PyTree, lora: PyTree, alpha: float) -> Any:
     return params | {name: merge_lora(params[name], part, alpha) for name, part in lora.items()}
 
 
-def _add(kernel: Array, adapter: Adapter, alpha: float) -> Array:
+def _add(kernel: Array | Int8, adapter: Adapter, alpha: float) -> Array:
     a, b = adapter
-    require(not isinstance(kernel, Int8), "a matrix in 8 bits takes no adapter; merge_lora first, then quantize")
+    require(not isinstance(kernel, Int8), _NO_INT8)
     shape = (b.shape[0], a.shape[1])
     require(kernel.shape == shape, f"an adapter of {list(shape)} does not fit {list(kernel.shape)}; use its own model")
     product = jnp.einsum("OR,RI->OI", b, a, precision="highest")  # an exported model is what was trained
-    return (kernel.astype(jnp.float32) + alpha / a.shape[0] * product).astype(kernel.dtype)
+    floats: Any = kernel
+    return (floats.astype(jnp.float32) + alpha / a.shape[0] * product).astype(floats.dtype)

@@ -244,3 +244,17 @@ def test_a_session_writes_by_rules_of_its_whole_text():
     written = session.write(model, params, logits, held, max_new_tokens=NEW, sampler=RULED, key=key)
     expected = generate("llama", [text], sampler=RULED, key=key).tokens[0]
     assert [token for token, _ in written] == expected.tolist()
+
+
+@pytest.mark.parametrize("n_rows", [1, 3])
+def test_no_step_transposes_or_copies_the_cache(n_rows):
+    """In what XLA compiled, for 211 slots: a cache is copied where the loop begins, once, and nowhere else."""
+    cfg, n_slots = replace(CONFIGS["llama"], d_model=64, n_heads=4, n_kv_heads=2, d_head=16, max_len=300), 211
+    model = tx.build(cfg)
+    params, logits = tx.init_params(model, jax.random.key(0)), jnp.zeros((n_rows, cfg.vocab_size))
+    cache = tx.init_cache(cfg, n_rows, n_slots)
+    text = jax.jit(tx.decode, static_argnums=(0, 4)).lower(model, params, logits, cache, 8).compile().as_text()
+    shapes = re.findall(r"= f32\[(\S+?)\]\S* (?:copy|transpose)\(", text)
+    moved = [shape for shape in (tuple(map(int, shape.split(","))) for shape in shapes) if n_slots in shape]
+    large = [shape for shape in moved if np.prod(shape) >= cache.layers[0].k.size]
+    assert len(large) <= 2 * cfg.n_layers

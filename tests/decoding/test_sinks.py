@@ -84,3 +84,17 @@ def test_training_takes_no_array_of_all_pairs():
         return loss.lower(params, jnp.zeros((1, 1024), jnp.int32)).compile().memory_analysis().temp_size_in_bytes
 
     assert needed(N) < 1.3 * needed(0)
+
+
+@pytest.mark.parametrize("dtype", [None, "int8"])
+def test_in_bfloat16(dtype):
+    """Through a cache, too; near what float32 gives."""
+    model, params = make("rotary", window=WINDOW, n_sinks=N)
+    half = tx.build(replace(model.cfg, dtype="bfloat16"))
+    tokens = jnp.asarray(np.random.default_rng(1).integers(V, size=(2, 20)), jnp.int32)
+    expected, _ = model.apply({"params": params}, tokens)
+    found, cache = [], tx.init_cache(half.cfg, 2, 20, dtype)
+    for start in range(0, 20, 5):
+        logits, cache = half.apply({"params": params}, tokens[:, start : start + 5], cache=cache)
+        found.append(logits)
+    np.testing.assert_allclose(np.concatenate(found, axis=1), expected, rtol=0, atol=0.1 * np.abs(expected).max())

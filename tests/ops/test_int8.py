@@ -14,8 +14,8 @@ from hypothesis.extra import numpy as hnp
 import tx_jax as tx
 from tests.test_laws import CONFIGS, ONE_STACK, T, draw_tokens, make, ragged, run
 from tx_jax.errors import InputError
-from tx_jax.ops.int8 import Int8, int8_product, to_int8
-from tx_jax.parallel import shardings
+from tx_jax.ops.int8 import Int8, _of_floats, _of_wholes, _with_gradient, int8_product, to_int8
+from tx_jax.parallel import P, shardings
 
 NUMBERS = st.floats(-1e4, 1e4, width=32)
 
@@ -115,7 +115,12 @@ def test_a_cache_stays_as_it_begins():
     plain = tx.generate(model, params, *prompt, max_new_tokens=6)
     np.testing.assert_allclose(out.log_probs[:, 0], plain.log_probs[:, 0], atol=0.1)
     half = tx.resize_cache(out.cache, 30, batch_size=4)
-    assert half.layers[0].k.scale.shape == (4, model.cfg.K, 1, 30)
+    for row in range(4):
+        for p in range(int(out.cache.next_positions()[row // 2])):
+            for old, new in zip(out.cache.layers[1], half.layers[1], strict=True):
+                axis = 2 if old.shape[2] == out.cache.positions.shape[1] else 3
+                for a, b in zip(old, new, strict=True):
+                    np.testing.assert_array_equal(jnp.take(a[row // 2], p, axis - 1), jnp.take(b[row], p, axis - 1))
 
 
 def test_no_copy_in_floats_is_made_for_a_loop():
@@ -128,14 +133,36 @@ def test_no_copy_in_floats_is_made_for_a_loop():
     assert loop.memory_analysis().temp_size_in_bytes < held
 
 
+@pytest.mark.parametrize("body", [_of_wholes, _of_floats])
+def test_the_gradient_is_that_of_the_floats(body):
+    w = to_int8(jax.random.normal(jax.random.key(0), (5, 11)))
+    x, y = jax.random.normal(jax.random.key(1), (3, 11)), jax.random.normal(jax.random.key(2), (3, 5))
+    found = jax.grad(lambda x: (_with_gradient(x, w, jnp.float32, body) * y).sum())(x)
+    np.testing.assert_allclose(found, y @ w.astype("float32"), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(body(x, w), x @ w.astype("float32").T, rtol=0, atol=2e-4)
+
+
+def test_rows_that_are_not_numbers_leave_others_alone():
+    w, x = to_int8(jnp.ones((5, 11))), jnp.ones((3, 11)).at[1, 4].set(jnp.nan).at[2, 3].set(jnp.inf)
+    found = int8_product(x, w, jnp.float32)
+    np.testing.assert_allclose(found[0], 11, rtol=1e-4)
+    assert np.isnan(found[1:]).all()
+
+
+def test_more_inputs_than_can_be_summed_are_refused():
+    with pytest.raises(InputError, match=r"^a matrix in 8 bits has 140,000 inputs, and at most 133,144 can be summed"):
+        int8_product(jnp.ones((1, 140_000)), to_int8(jnp.ones((1, 140_000))), jnp.float32)
+
+
 def test_they_lie_on_a_mesh_as_the_floats_do():
-    model, params = make("llama")
-    mesh, small = tx.make_mesh(tx.MeshConfig(fsdp=4, tensor=2)), tx.quantize(tx.fuse(params))
+    model = tx.build(replace(CONFIGS["llama"], d_model=32, d_mlp=24))
+    mesh, params = tx.make_mesh(tx.MeshConfig(fsdp=2, tensor=2)), tx.init_params(model, jax.random.key(0))
+    small = tx.quantize(tx.fuse(params))
     placed = jax.device_put(small, shardings(small, mesh))
     block = placed["stack"]["blocks_0"]
-    assert block["attention"]["qkv"]["kernel"].values.sharding.spec == ("tensor", "fsdp")
-    assert block["attention"]["qkv"]["kernel"].scale.sharding.spec == ("tensor", None)
-    assert block["mlp"]["down"]["kernel"].values.sharding.spec == ("fsdp", "tensor")
+    assert block["attention"]["qkv"]["kernel"].values.sharding.spec == P("tensor", "fsdp")
+    assert block["attention"]["qkv"]["kernel"].scale.sharding.spec == P("tensor", None)
+    assert block["mlp"]["down"]["kernel"].values.sharding.spec == P("fsdp", "tensor")
     expected, _ = run(model, small, draw_tokens(3), ragged(T, 5, 1))
     found, _ = run(model, placed, draw_tokens(3), ragged(T, 5, 1))
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())

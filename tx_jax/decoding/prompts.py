@@ -1,7 +1,7 @@
 """Prompts as one batch, and what they need before anything is compiled: checks, a bucket, slots in a cache."""
 
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Int
 
 from tx_jax.cache import Cache
-from tx_jax.decoding.samplers import Keys, check_sampler, draws, is_by_row
+from tx_jax.decoding.samplers import check_sampler, draws, is_by_row
 from tx_jax.errors import require
 from tx_jax.models import DecoderLM, EncoderDecoder
 
@@ -115,10 +115,11 @@ def _check_prefix(prefix: Cache | None, B: int) -> tuple[int, int]:
     return n_slots, int(np.asarray(prefix.positions).max()) + 1
 
 
-def _check_key(key: Keys | None, drawn: bool, n_rows: int) -> None:
+def _check_key(key: Any, drawn: bool, n_rows: int) -> None:
     require(not drawn or key is not None, "sampling needs key=jax.random.key(seed); without a temperature it is greedy")
-    require(key is None or isinstance(key, jax.Array), f"key={key!r:.60} is no key; give jax.random.key(seed)")
-    if key is not None and is_by_row(key):
+    is_one = isinstance(key, jax.Array | np.ndarray | None)
+    require(is_one, f"key={key!r:.60} is no key; give jax.random.key(seed)")
+    if key is not None and is_by_row(cast(Any, key)):
         require(len(key) == n_rows, f"key holds {len(key)} keys; it must be one, or one for each of {n_rows} rows")
 
 

@@ -39,7 +39,9 @@ class Sampler(NamedTuple):
     forbidden: Ids | None = None  # ids that are not written
     min_new_tokens: Number | None = None  # before which no text ends
     forced: Ids | None = None  # ids that are written first
-    processor: Callable[[Array, Text], Array] | None = None  # your own: (logits (B, V), the text so far) → logits
+    # Your own: (logits (B, V), the text so far) → logits, traced. The same function each time, or it compiles anew; a
+    # `jax.tree_util.Partial` where it holds arrays, or where the sampler itself is an argument of jit.
+    processor: Callable[[Array, Text], Array] | None = None
     temperature: Number | None = None  # logits are divided by it; 0, or None: the likeliest token
     top_k: Number | None = None  # keep the k likeliest
     top_p: Number | None = None  # keep the likeliest whose probabilities first reach p
@@ -111,7 +113,7 @@ def check_sampler(sampler: Samplers, V: int | None = None, n_rows: int | None = 
         for name, (test, rule) in BOUNDS.items():
             value = getattr(one, name)
             if value is not None:
-                number = isinstance(value, Tracer) or np.asarray(value).dtype.kind in "iuf"
+                number = isinstance(value, Tracer) or jnp.issubdtype(np.asarray(value).dtype, jnp.number)
                 fits = number and (np.ndim(value) == 0 or (np.ndim(value) == 1 and n_rows in (None, len(value))))
                 shape = f"{name}={value} must be one number for all rows, or one for each of {n_rows or 'them'}"
                 require(fits, shape)

@@ -156,8 +156,7 @@ def _accept(loop: _Loop, logits, proposed, shares, sampler, keys) -> _Loop:
         taken = (token >= 0) & (u * q[rows, there] < p[rows, there])
         rest = jnp.where((token >= 0)[:, None], jnp.maximum(p - q, 0), p)
         rest = jnp.where(rest.sum(axis=1, keepdims=True) > 0, rest, p)  # p = q, and rounding
-        own = jax.vmap(jax.random.categorical)(_fold(at, 1), jnp.log(rest)) if draws(sampler) else rest.argmax(axis=1)
-        token = jnp.where(taken, there, own)
+        token = jnp.where(taken, there, _drawn(_fold(at, 1), rest, sampler))
         silent = done | ~goes_on
         here = jnp.take_along_axis(jax.nn.log_softmax(logits.astype(jnp.float32)), token[:, None], axis=1)[:, 0]
         where = jnp.where(silent, new, text.n_tokens - text.n_prompt)
@@ -185,7 +184,7 @@ def _draft(draft, params, loop: _Loop, n: int, sampler, keys) -> tuple[Array, Ar
         positions = jnp.where(positions < draft.cfg.max_len, positions, -1)
         x, cache = hidden_of(draft, params, tokens, positions, cache, None)
         q = probabilities(logits_of(draft, params, x[:, -1]), sampler, text)
-        token = jax.vmap(jax.random.categorical)(_fold(keys, i), jnp.log(q))
+        token = _drawn(_fold(keys, i), q, sampler)
         return text.write(token, loop.done), cache, token, q
 
     def more(carry: tuple, i: Array) -> tuple[tuple, tuple]:
@@ -200,10 +199,13 @@ def _draft(draft, params, loop: _Loop, n: int, sampler, keys) -> tuple[Array, Ar
     return tokens, shares, cache
 
 
-LEAST, LONGEST = (
-    2,
-    4,
-)  # of the text's last tokens that must agree, and that are compared; one agrees too often by chance
+def _drawn(keys: Key[Array, " B"], p: Float[Array, "B V"], sampler: Samplers) -> Int[Array, " B"]:
+    """A token of each row; greedy texts have one alone, and a draw among all of a vocabulary takes long."""
+    return jax.vmap(jax.random.categorical)(keys, jnp.log(p)) if draws(sampler) else p.argmax(axis=1).astype(jnp.int32)
+
+
+LEAST = 2  # of the text's last tokens that must agree; one does too often by chance
+LONGEST = 4  # that are compared
 
 
 def look_up(text: Text, n: int) -> Int[Array, "B n"]:

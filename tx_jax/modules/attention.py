@@ -13,7 +13,7 @@ from tx_jax.config import ModelConfig
 from tx_jax.errors import require
 from tx_jax.modules.linear import Linear
 from tx_jax.modules.norms import make_qk_norm
-from tx_jax.ops.attention import laid_attention
+from tx_jax.ops.attention import laid_attention, scores
 from tx_jax.ops.masks import Mask
 from tx_jax.ops.positions import Rotation, rotate
 
@@ -105,15 +105,14 @@ class Attention(nn.Module):
         turned = rotate(q, plan.turn, interleaved=pairs)
         if plan.sinks is None or plan.sinks.turn is None:
             return turned, k, plan.bias
-        (B, T, N, H), here, K = q.shape, plan.sinks.here, k.shape[1]
+        here = plan.sinks.here
         n, apart = here.shape[1], rotate(q, plan.sinks.turn, interleaved=pairs) - turned
         if n == k.shape[3]:  # no cache: heads twice as wide, so that nothing grows with T · S
             k = jnp.concatenate([k, jnp.where(here[:, None, None], k, 0)], axis=2)
             return jnp.concatenate([turned, apart], axis=-1), k, plan.bias
         first = jax.tree.map(lambda leaf: leaf[..., :n], k).astype(q.dtype)
-        apart = (apart * scale).reshape(B, T, K, N // K, H)
-        more = jnp.einsum("BTKGH,BKHS->BKGTS", apart, first, preferred_element_type=jnp.float32)
-        more = jnp.where(here[:, None, None], more.reshape(B, N, T, n), 0)
+        more = scores(apart, first, scale)
+        more = jnp.where(here[:, None, None], more.reshape(len(q), q.shape[2], -1, n), 0)
         return turned, k, jnp.pad(more, ((0, 0), (0, 0), (0, 0), (0, k.shape[3] - n)))
 
     def __call__(

@@ -158,9 +158,7 @@ def _check_room(positions: Array, n_slots: int, window: int | None) -> None:
     T = positions.shape[1]
     if isinstance(positions, Tracer) or (window is not None and n_slots >= window + T - 1):
         return
-    last, needs = (
-        int(np.asarray(positions).max()),
-        "a window" if window is None else f"window + {T - 1} = {window + T - 1} slots",
-    )
+    last = int(np.asarray(positions).max())
+    needs = "a window" if window is None else f"window + {T - 1} = {window + T - 1} slots"
     rule = f"position {last} does not fit a cache of n_slots={n_slots}, and going round needs {needs}"
     require(last < n_slots, f"{rule}; make n_slots at least {last + 1}")

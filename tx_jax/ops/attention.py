@@ -103,6 +103,12 @@ def _first(k: Any, v: Any, n: int) -> tuple[Any, Any]:
     return jax.tree.map(lambda leaf: leaf[..., :n], k), jax.tree.map(lambda leaf: leaf[..., :n, :], v)
 
 
+def scores(q: Float[Array, "B T N H"], k: Float[Array, "B K H S"], scale: float) -> Float[Array, "B K G T S"]:
+    """The scaled products of queries with keys, in float32."""
+    (B, T, N, _), (K, _, S) = q.shape, k.shape[1:]
+    return _product(_rows(q, K, scale), k).reshape(B, K, N // K, T, S)
+
+
 def _rows(q: Array, K: int, scale: float) -> Array:
     """Scaled queries (B, T, N, H) as (B, K, G · T, H), those of each key-value head."""
     B, T, N, H = q.shape
@@ -131,17 +137,17 @@ def _plain(q, k, v, mask, bias, key, scale, soft_cap, rate):
     B, T, N, _ = q.shape
     K, S = v.shape[1:3]
     k, v = _floats(k, q), _floats(v, q)
-    scores = _product(_rows(q, K, scale), k).reshape(B, K, N // K, T, S)
+    found = scores(q, k, scale)
     if soft_cap is not None:
-        scores = soft_cap * jnp.tanh(scores / soft_cap)
+        found = soft_cap * jnp.tanh(found / soft_cap)
     if bias is not None:
-        scores += bias.reshape(-1, K, N // K, T, S)
+        found += bias.reshape(-1, K, N // K, T, S)
     seen = mask.materialize(T, S)[:, None, None]
     least = jnp.finfo(jnp.float32).min
-    scores = jnp.where(seen, scores, least)
+    found = jnp.where(seen, found, least)
     # Divided by its sum after the product with v, as in FlashAttention (Dao et al. 2022): no further pass over (T, S).
-    top = jax.lax.stop_gradient(scores.max(axis=-1))
-    weights = jnp.exp(scores - top[..., None])
+    top = jax.lax.stop_gradient(found.max(axis=-1))
+    weights = jnp.exp(found - top[..., None])
     total = jnp.where(top > least, weights.sum(axis=-1), jnp.inf)  # a row that sees no key gives zeros
     if rate > 0:
         weights *= jax.random.bernoulli(key, 1 - rate, weights.shape) / (1 - rate)
@@ -205,7 +211,6 @@ def _by_keys(q, k, v, mask, bias, key, scale, soft_cap, rate):
     The softmax is put together from its parts (Milakov & Gimelshein 2018, alg. 3), so that nothing is as long as S.
     """
     (B, T, N, _), (K, S, Hv) = q.shape, v.shape[1:]
-    rows = _rows(q, K, scale)
     width, n_seen, least = min(KEYS, S), mask.n_keys(T, S), jnp.finfo(jnp.float32).min
 
     def add(parts, i):
@@ -218,16 +223,16 @@ def _by_keys(q, k, v, mask, bias, key, scale, soft_cap, rate):
             return _floats(part, q)
 
         vs = here(v, 2)
-        scores = _product(rows, here(k, 3)).reshape(B, K, N // K, T, width)
+        found = scores(q, here(k, 3), scale)
         if soft_cap is not None:
-            scores = soft_cap * jnp.tanh(scores / soft_cap)
+            found = soft_cap * jnp.tanh(found / soft_cap)
         if bias is not None:
             part = jax.lax.dynamic_slice_in_dim(bias, start, width, axis=3)
-            scores += part.reshape(-1, K, N // K, T, width)
-        scores = jnp.where(seen[:, None, None], scores, least)
-        highest = jnp.maximum(top, jax.lax.stop_gradient(scores.max(axis=-1)))
+            found += part.reshape(-1, K, N // K, T, width)
+        found = jnp.where(seen[:, None, None], found, least)
+        highest = jnp.maximum(top, jax.lax.stop_gradient(found.max(axis=-1)))
         before = jnp.exp(top - highest)
-        weights = jnp.exp(scores - highest[..., None])  # 1 where nothing is seen yet, which `before` takes away later
+        weights = jnp.exp(found - highest[..., None])  # 1 where nothing is seen yet, which `before` takes away later
         total = total * before + weights.sum(axis=-1)
         if rate > 0:
             kept = jax.random.bernoulli(jax.random.fold_in(key, i), 1 - rate, weights.shape)

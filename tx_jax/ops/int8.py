@@ -5,6 +5,7 @@ in each place. `Int8` is a pytree that stands where an array stood: in a paramet
 (`init_cache(…, dtype="int8")`).
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -43,21 +44,46 @@ def to_int8(x: Float[Array, "..."], axis: int = -1) -> Int8:
     return Int8(jnp.round(x / jnp.where(scale > 0, scale, 1)).astype(jnp.int8), scale)
 
 
-LEAST_ROWS = 4  # of a product: XLA on CPU takes ten times as long for one, and the same up to eight
-
-
 def int8_product(x: Float[Array, "R I"], w: Int8, dtype: Any) -> Float[Array, "R O"]:
-    """x Wᵀ, summed in whole numbers and given in `dtype`.
+    """x Wᵀ, given in `dtype`; its gradient is that of the floats, with w as a constant."""
+    body = _of_wholes if jax.default_backend() == "cpu" else _of_floats
+    return _with_gradient(x, w, dtype, body)
 
-    x becomes two rows of 8 bits, the second of what the first leaves: 15 bits of a row's largest magnitude stay, and
-    no weight is ever converted. A product of floats would write all of W out first.
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _with_gradient(x, w, dtype, body):
+    return body(x, w).astype(dtype)
+
+
+@_with_gradient.defjvp
+def _gradient(dtype, body, primals, tangents):
+    (x, w), (dx, _) = primals, tangents
+    return _with_gradient(x, w, dtype, body), jnp.einsum("RI,OI->RO", dx, w.astype(dx.dtype)).astype(dtype)
+
+
+def _of_floats(x: Array, w: Int8) -> Array:
+    """The barrier keeps XLA from converting W ahead of a loop, for all of a model."""
+    values, x = jax.lax.optimization_barrier((w.values, x))
+    return jnp.einsum("RI,OI->RO", x, values.astype(x.dtype), preferred_element_type=jnp.float32) * w.scale[:, 0]
+
+
+LEAST_ROWS = 4  # of a product: XLA on CPU takes ten times as long for one, and the same up to eight
+WIDEST = 2**31 // 127**2  # inputs whose products surely fit in a sum of 32 bits
+
+
+def _of_wholes(x: Array, w: Int8) -> Array:
+    """Summed in whole numbers, as XLA on CPU would write all of W out as floats first.
+
+    x becomes two rows of 8 bits, the second of what the first leaves: 15 bits stay of a row's largest magnitude.
     """
+    rule = f"a matrix in 8 bits has {x.shape[1]:,} inputs, and at most {WIDEST:,} can be summed"
+    require(x.shape[1] <= WIDEST, f"{rule}; keep the floats")
     first = to_int8(x)
     rest = to_int8(x.astype(jnp.float32) - first.astype(jnp.float32))
     values, scale = (jnp.concatenate(part) for part in zip(first, rest, strict=True))
     values = jnp.pad(values, ((0, max(0, LEAST_ROWS - len(values))), (0, 0)))
     y = jnp.einsum("RI,OI->RO", values, w.values, preferred_element_type=jnp.int32)[: 2 * len(x)] * scale
-    return ((y[: len(x)] + y[len(x) :]) * w.scale[:, 0]).astype(dtype)
+    return (y[: len(x)] + y[len(x) :]) * w.scale[:, 0]
 
 
 def quantize(params: PyTree) -> Any:
