@@ -125,7 +125,7 @@ def _as_queries(rows: Array, T: int) -> Array:
 def _product(rows: Array, b: Array) -> Array:
     """(…, G · T, X) times (…, X, Y), summed in float32: in this order, as einsum's choice makes XLA on CPU copy b.
 
-    XLA on CPU has no product of bfloat16 with two axes of batches (jaxlib 0.10), and computes others in float32, too.
+    XLA on CPU computes products of bfloat16 in float32 and, with the axes in another order, refuses some (jaxlib 0.10).
     """
     if jax.default_backend() == "cpu":
         rows, b = rows.astype(jnp.float32), b.astype(jnp.float32)
