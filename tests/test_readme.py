@@ -9,7 +9,7 @@ README = Path(__file__).parent.parent / "README.md"
 def test_python_blocks_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     space: dict = {}
     exec("\n".join(blocks), space)
     assert space["out"].tokens.shape == (2, 8)

@@ -47,7 +47,7 @@ def init_cache(cfg: ModelConfig, batch_size: int, n_slots: int | None = None, dt
 
     With `cfg.window` in every layer, fewer slots than the text has tokens make a ring: position p lives in slot
     p mod n_slots, but the first cfg.n_sinks stay. Chunks of T tokens need n_slots ≥ cfg.reach + T − 1; without a
-    window, n_slots is the longest text.
+    window, n_slots is the longest text: a loop of yours that goes on inside jit would lose its first tokens unseen.
 
     >>> init_cache(ModelConfig(), batch_size=2, n_slots=16).positions.shape
     (2, 16)
@@ -124,6 +124,7 @@ def resize_cache(cache: Cache, n_slots: int, batch_size: int | None = None, n_si
     """
     B = len(cache.positions)
     n_each = 1 if batch_size is None else batch_size // B
+    require(n_slots >= 1, f"n_slots={n_slots} must be at least 1")
     require(batch_size in (None, n_each * B), f"batch_size={batch_size} must be a multiple of the cache's {B} rows")
     cache = jax.tree.map(lambda leaf: jnp.repeat(leaf, n_each, axis=0), cache)
     new = cache.positions >= cache.next_positions()[:, None] - (n_slots - n_sinks)

@@ -77,6 +77,7 @@ def complete(writer: Writer, echo: str, ids: np.ndarray, n_samples: int) -> None
             print(f"--- sample {i + 1}")
         text = writer.tokenizer.decode([i for i in row[:length] if i < writer.tokenizer.vocab_size])
         print(echo + "".join(until([text], writer.stops)))
+        check_match(writer, row[:length].tolist())
     say(f"prefill {len(ids)} tokens", len(ids), filling)
     say(
         f"decode {lengths.sum()} tokens", int(lengths.sum()) - len(rows), decoding
@@ -93,11 +94,12 @@ def tokens_of(writer: Writer, ids: np.ndarray) -> Iterator[int]:
 
 def show(writer: Writer, echo: str, tokens: Iterable[int]) -> str:
     """Print a text as its tokens come, and give it back. The first two compile, and are not counted in the speed."""
-    times, pieces = [time.perf_counter()], []
+    times, ids, pieces = [time.perf_counter()], list[int](), list[str]()
 
     def clocked() -> Iterator[int]:
         for token in tokens:
             times.append(time.perf_counter())
+            ids.append(token)
             if token < writer.tokenizer.vocab_size:  # a model's table may be longer, up to a round number
                 yield token
 
@@ -106,10 +108,23 @@ def show(writer: Writer, echo: str, tokens: Iterable[int]) -> str:
         print(piece, end="", flush=True)
         pieces.append(piece)
     print(flush=True)
+    check_match(writer, ids)
     n = len(times) - 1
     say(f"first token after {times[min(1, n)] - times[0]:.2f} s")
     say(f"decode {n} tokens", n - 2, times[-1] - times[min(2, n)])
     return "".join(pieces)
+
+
+def check_match(writer: Writer, ids: Sequence[int]) -> None:
+    """Say so where a text that was to match something was cut by its limit."""
+    if writer.automaton is None or writer.stops:
+        return
+    table, classes, final, state = jax.device_get(writer.automaton)
+    for i in ids:
+        state = state if i in writer.ends else table[state, classes[i]]
+    may_end = any(table[state, classes[end]] >= 0 for end in writer.ends if end < len(classes))
+    if not (final[state] or may_end):
+        say(f"cut after {len(ids)} tokens, before it matches; give more --max-new-tokens")
 
 
 def until(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:

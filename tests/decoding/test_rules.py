@@ -280,5 +280,11 @@ def test_a_function_that_holds_arrays_compiles_once():
 
 def test_a_function_that_gives_other_shapes():
     text = begin_text(jnp.array([[3]]), jnp.zeros((1, 1), int), 1)
-    with pytest.raises(InputError, match=r"^processor gave logits of shape \(1,\); it was given \(1, 13\), and must "):
-        sample(jnp.zeros((1, V)), Sampler(processor=lambda logits, text: logits[:, 0]), text=text)
+    must = r"; it must give logits, float32\[1, 13\], as it was given$"
+    for wrong, gave in (
+        (lambda logits, text: logits[:, 0], r"float32\[1\]"),
+        (lambda logits, text: logits > 0, r"bool\[1, 13\]"),
+        (lambda logits, text: None, "NoneType"),
+    ):
+        with pytest.raises(InputError, match=f"^processor gave {gave}{must}"):
+            sample(jnp.zeros((1, V)), Sampler(processor=wrong), text=text)

@@ -122,3 +122,13 @@ def test_weights_in_8_bits(run, write, sample, capsys):
     exact, rounded = perplexity(), perplexity("--int8")
     assert exact != rounded == pytest.approx(exact, rel=0.05)
     assert write("--int8", "--seed", "1", "--stream") == write("--int8", "--seed", "1")
+
+
+def test_a_text_that_is_cut_before_it_matches_says_so(sample, run, capsys):
+    pytest.importorskip("outlines_core")
+    for n, cut in ((3, True), (4, False)):
+        for more in ((), ("--stream",)):
+            sample([str(run), "--prompt", "the", "--regex", "cats", "--max-new-tokens", str(n), *more])
+            out, err = capsys.readouterr()
+            assert out == "the" + "cats"[:n] + "\n"
+            assert ("cut after 3 tokens, before it matches; give more --max-new-tokens" in err.splitlines()) == cut

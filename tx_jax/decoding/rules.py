@@ -129,8 +129,10 @@ def force(logits: Logits, ids: Int[Array, "*b n"], text: Text) -> Logits:
 def process(logits: Logits, processor: Callable[[Logits, Text], Logits], text: Text) -> Logits:
     """What a function of the user's makes of them."""
     out = processor(logits, text)
-    rule = f"processor gave logits of shape {jnp.shape(out)}"
-    require(jnp.shape(out) == logits.shape, f"{rule}; it was given {logits.shape}, and must give as many")
+    is_float = isinstance(out, jax.Array) and jnp.issubdtype(out.dtype, jnp.floating)
+    given = f"{out.dtype}{list(out.shape)}" if isinstance(out, jax.Array) else type(out).__name__
+    fits = is_float and out.shape == logits.shape
+    require(fits, f"processor gave {given}; it must give logits, {logits.dtype}{list(logits.shape)}, as it was given")
     return out
 
 
