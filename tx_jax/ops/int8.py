@@ -89,7 +89,8 @@ def _of_wholes(x: Array, w: Int8) -> Array:
 def quantize(params: PyTree) -> Any:
     """The parameter tree with its matrices in 8 bits, a scale for each output: for decoding, not for training.
 
-    Kernels and the tables of tokens are changed, which are nearly all of a model; the rest stays.
+    Kernels and the tables of tokens are changed, which are nearly all of a model; the rest stays. On a CPU, the vectors
+    that they multiply keep 15 bits of their largest place.
 
     >>> quantize({"kernel": jnp.ones((2, 3)), "bias": jnp.ones(2)})["kernel"].values.dtype
     dtype('int8')
