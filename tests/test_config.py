@@ -126,6 +126,18 @@ IMPOSSIBLE = [  # (class, fields, what the message says)
     (Optim, {"weight_decay": -0.1}, "weight_decay=-0.1 must not be negative"),
     (Optim, {"clip_norm": 0.0}, "clip_norm=0.0 must be positive, or None for no clipping"),
     (Optim, {"schedule": "noam", "warmup_steps": 0}, "schedule='noam' needs warmup_steps of at least 1"),
+    (Train, {"accumulate_steps": 0}, "accumulate_steps=0 must be at least 1, the whole batch at once"),
+    (Train, {"remat": "all"}, "remat='all' is not one of none, full, dots, names"),
+    (
+        Run,
+        {"data": Data(batch_size=12), "train": Train(accumulate_steps=5)},
+        "data.batch_size=12 must be a multiple of train.accumulate_steps=5; use 1, 2, 3, 4, 6, 12 of them",
+    ),
+    (
+        Run,
+        {"init": "smollm2", "lora": runs.LoraConfig(rank=4), "train": Train(scan_layers=True)},
+        "train.scan_layers=True stacks whole layers, and lora.rank=4 adapts parts of some; leave out",
+    ),
     (Train, {"n_averaged": 3}, "n_averaged=3 exceeds keep=2, the checkpoints there are; raise --train.keep"),
     (Train, {"n_averaged": 2, "ema_rate": 0.9}, "n_averaged=2 and ema_rate=0.9 are two means"),
     (Data, {"objective": "translate", "corpus": "number_words", "test_fraction": 0.95}, "test_fraction=0.95 must be"),

@@ -27,7 +27,8 @@ from tx_jax.ops.masks import Mask
 from tx_jax.parallel import jit_step, make_mesh, pmap_step
 from tx_jax.run_config import DataConfig, LoraConfig, MeshConfig, OptimConfig, RunConfig, TrainConfig
 from tx_jax.sentences import encode_text
-from tx_jax.training.losses import cross_entropy
+from tx_jax.stacked import stack_layers, unstack_layers
+from tx_jax.training.losses import chunked_cross_entropy, cross_entropy
 from tx_jax.training.optim import make_optimizer, make_schedule
 from tx_jax.training.step import Metrics, TrainState, init_state, make_eval_step, make_train_step
 from tx_jax.translate import Translation, translate
@@ -66,6 +67,7 @@ __all__ = [
     "attention",
     "beam_search",
     "build",
+    "chunked_cross_entropy",
     "count_params",
     "cross_entropy",
     "decode",
@@ -99,9 +101,11 @@ __all__ = [
     "save_pretrained",
     "score",
     "speculate",
+    "stack_layers",
     "stop_at",
     "stream",
     "token_bytes",
     "translate",
+    "unstack_layers",
     "write_all",
 ]

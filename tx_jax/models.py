@@ -4,6 +4,8 @@ Each is embeddings, stacks and a head. A forward returns (logits, cache) always;
 `logits(hidden(…))` is a forward, and both halves are public: a prefill asks for the logits of one row only.
 """
 
+from typing import cast
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from tx_jax.cache import Cache
 from tx_jax.config import ModelConfig
-from tx_jax.modules.block import Stack
+from tx_jax.errors import require
+from tx_jax.modules.block import KEPT, Stack
 from tx_jax.modules.embed import Embed, Head
 from tx_jax.modules.linear import TABLE_INITS, Linear
 
@@ -20,10 +23,11 @@ class DecoderLM(nn.Module):
     """A causal language model: GPT-2, LLaMA and their kin."""
 
     cfg: ModelConfig
+    remat: str = "none"  # what a block keeps for its gradient (KEPT of modules.block)
 
     def setup(self) -> None:
         self.embed, self.head = Embed(self.cfg), Head(self.cfg)
-        self.stack = Stack(self.cfg, self.cfg.n_layers, causal=True)
+        self.stack = Stack(self.cfg, self.cfg.n_layers, causal=True, remat=self.remat)
 
     def hidden(
         self,
@@ -73,11 +77,12 @@ class Encoder(nn.Module):
     """A bidirectional encoder: BERT and its kin."""
 
     cfg: ModelConfig
+    remat: str = "none"  # what a block keeps for its gradient (KEPT of modules.block)
 
     def setup(self) -> None:
         cfg = self.cfg
         self.embed, self.head = Embed(cfg), Head(cfg)
-        self.stack = Stack(cfg, cfg.n_layers, causal=False)
+        self.stack = Stack(cfg, cfg.n_layers, causal=False, remat=self.remat)
         if cfg.n_token_types:
             self.types = self.param("types", TABLE_INITS[cfg.init](cfg.d_model), (cfg.n_token_types, cfg.d_model))
         if cfg.pooler:
@@ -126,13 +131,14 @@ class EncoderDecoder(nn.Module):
     """The Transformer of Vaswani et al. 2017: an encoder, and a decoder that attends to it."""
 
     cfg: ModelConfig
+    remat: str = "none"  # what a block keeps for its gradient (KEPT of modules.block)
 
     def setup(self) -> None:
         cfg = self.cfg
         self.embed, self.head = Embed(cfg), Head(cfg)
         self.source_embed = self.embed if cfg.tie_source else Embed(cfg)
-        self.encoder = Stack(cfg, cfg.n_encoder_layers or cfg.n_layers, causal=False)
-        self.decoder = Stack(cfg, cfg.n_layers, causal=True, cross=True)
+        self.encoder = Stack(cfg, cfg.n_encoder_layers or cfg.n_layers, causal=False, remat=self.remat)
+        self.decoder = Stack(cfg, cfg.n_layers, causal=True, cross=True, remat=self.remat)
 
     def encode(
         self,
@@ -151,11 +157,20 @@ class EncoderDecoder(nn.Module):
         tokens: Int[Array, "B T"],
         positions: Int[Array, "#B T"] | None = None,
         *,
-        memory: Cache,
+        memory: Cache | None = None,
+        source: Int[Array, "B S"] | None = None,
+        source_positions: Int[Array, "#B S"] | None = None,
         cache: Cache | None = None,
         deterministic: bool = True,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        """Hidden vectors of the decoder, and the cache. `memory` is what `encode` gave."""
+        """Hidden vectors of the decoder, and the cache. `memory` is what `encode` gave; without one, source is encoded.
+
+        Raises:
+            InputError: neither memory nor source is given.
+        """
+        if memory is None:
+            require(source is not None, "memory=None needs a source; give what encode gave, or the source itself")
+            memory = self.encode(cast(Array, source), source_positions, deterministic=deterministic)
         return self.decoder(self.embed(tokens), positions, cache=cache, memory=memory, deterministic=deterministic)
 
     def logits(self, hidden: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
@@ -184,22 +199,33 @@ class EncoderDecoder(nn.Module):
         *,
         deterministic: bool = True,
     ) -> tuple[Float[Array, "B T V"], Cache | None]:
-        """Logits of the token after each target token, and None: `decode` of `encode`."""
-        memory = self.encode(source, source_positions, deterministic=deterministic)
-        return self.decode(tokens, positions, memory=memory, deterministic=deterministic)
+        """Logits of the token after each target token, and None."""
+        x, cache = self.hidden(
+            tokens, positions, source=source, source_positions=source_positions, deterministic=deterministic
+        )  # fmt: skip
+        return self.logits(x), cache
 
 
 MODELS = {"decoder": DecoderLM, "encoder": Encoder, "encoder_decoder": EncoderDecoder}
 Model = DecoderLM | Encoder | EncoderDecoder
+STACKS = ("stack", "encoder", "decoder")  # the names of their stacks among their parameters
 
 
-def build(cfg: ModelConfig) -> Model:
+def build(cfg: ModelConfig, remat: str = "none") -> Model:
     """The model that cfg describes.
+
+    Args:
+        remat: what each block computes again for its gradient, to save memory (KEPT of modules.block): none; full; all
+            but "dots", products with its kernels; all but "names", what goes into its attention and comes out.
+
+    Raises:
+        InputError: there is no such remat.
 
     >>> type(build(ModelConfig(vocab_size=11))).__name__
     'DecoderLM'
     """
-    return MODELS[cfg.stack](cfg)
+    require(remat in KEPT, f"remat={remat!r} is not one of {', '.join(KEPT)}")
+    return MODELS[cfg.stack](cfg, remat)
 
 
 def init_params(model: Model, key: PRNGKeyArray) -> dict:

@@ -7,12 +7,13 @@ import dataclasses
 from typing import Literal
 
 from tx_jax.config import ModelConfig
-from tx_jax.config_checks import check
+from tx_jax.config_checks import check, divisors
 from tx_jax.errors import require
 
 Schedule = Literal["constant", "cosine", "noam", "wsd"]
 TokenizerKind = Literal["char", "byte", "bpe"]
 Corpus = Literal["tiny_shakespeare", "tatoeba_en_es", "number_words"]
+Remat = Literal["none", "full", "dots", "names"]
 Objective = Literal["next_token", "prefix_lm", "masked_lm", "span_corruption", "translate"]
 OF_PAIRS = (("data", "bad_lines"), ("data", "test_fraction"), ("train", "n_scored"))  # what text has no use for
 OF_SAMPLES = (("train", "sample_prompt"), ("train", "sample_tokens"))  # and what does not go on from a prompt
@@ -92,6 +93,10 @@ class TrainConfig:
 
     n_steps: int = 2000  # optimiser steps
     label_smoothing_rate: float = 0.0  # ε of Szegedy et al. 2016 §7; 0.1 in Vaswani et al. 2017
+    z_loss_rate: float = 0.0  # of (log Σ exp logits)², added to the loss: 1e-4 keeps logits from drifting
+    accumulate_steps: int = 1  # parts of a batch whose gradients are summed in turn: the same update in less memory
+    remat: Remat = "none"  # none | full | dots | names: what a block computes again for its gradient, to save memory
+    scan_layers: bool = False  # one compiled block for all layers: deep models compile as quickly as shallow ones
     seed: int = 0  # of initialisation, dropout, data order and samples
     log_every: int = 50
     eval_every: int = 500  # the whole validation split; translate: and the scores of n_scored translations
@@ -106,6 +111,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        n = self.accumulate_steps
+        require(n >= 1, f"accumulate_steps={n} must be at least 1, the whole batch at once")
         require(self.keep >= 1, f"keep={self.keep} must be at least 1, the newest checkpoint")
         mean, keep = self.n_averaged, self.keep
         require(mean <= keep, f"n_averaged={mean} exceeds keep={keep}, the checkpoints there are; raise --train.keep")
@@ -170,6 +177,11 @@ class RunConfig:
         rule = f"data.seq_len={long} exceeds model.max_len={room}"
         require(given or long <= room, f"{rule}; raise model.max_len or shorten it")
         require(given or not self.lora.rank, f"lora.rank={self.lora.rank} needs a model to adapt; give --init")
+        rule = f"train.scan_layers=True stacks whole layers, and lora.rank={self.lora.rank} adapts parts of some"
+        require(not (self.train.scan_layers and self.lora.rank), f"{rule}; leave out --train.scan-layers")
+        rows, parts = self.data.batch_size, self.train.accumulate_steps
+        rule = f"data.batch_size={rows} must be a multiple of train.accumulate_steps={parts}"
+        require(rows % parts == 0, f"{rule}; use {divisors(rows)} of them")
         objective = self.data.objective
         goes_on, pairs = STACKS[objective] == "decoder", objective == "translate"
         for part, name in (() if pairs else OF_PAIRS) + (() if goes_on else OF_SAMPLES):

@@ -13,7 +13,9 @@ from tx_jax.run_config import RunConfig
 RunDir = str | os.PathLike[str]
 UNFINISHED_CONFIG = "config.json.tmp"
 # Fields that may change when a run goes on: they do not enter the mathematics of a step.
-FREE = re.compile(r"run_dir|mesh\..*|train\.(\w+_every|keep|n_averaged|n_scored|sample_\w+)")
+FREE = re.compile(
+    r"run_dir|mesh\..*|train\.(\w+_every|keep|n_averaged|n_scored|sample_\w+|accumulate_steps|remat|scan_layers)"
+)
 
 
 def write_config(run_dir: RunDir, cfg: RunConfig) -> None:

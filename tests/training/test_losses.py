@@ -1,5 +1,7 @@
 """The loss is its definition in NumPy, counts what has weight and nothing else, and is a sum that adds up."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -75,3 +77,57 @@ def test_bfloat16_logits_are_summed_in_float32_and_large_ones_are_finite(scale):
     assert total.dtype == jnp.float32
     assert total == tx.cross_entropy(rounded.astype(jnp.float32), TARGETS, WEIGHTS)[0]
     assert np.isfinite(total)
+
+
+D = 4
+HIDDEN = jnp.asarray(rng.normal(size=(B, T, D)), jnp.float32)
+HEAD = {"table": jnp.asarray(rng.normal(size=(V, D)), jnp.float32), "bias": jnp.zeros(V), "unused": jnp.ones(2)}
+
+
+def apply_head(head, hidden):
+    return hidden @ head["table"].T + head["bias"]
+
+
+@pytest.mark.parametrize("most", [1, 2 * B * V, 4 * B * V, B * T * V])  # 5 chunks, 3 and 2 with padding, and one
+@pytest.mark.parametrize("how", [{}, {"label_smoothing": 0.1, "z_loss_rate": 0.3}])
+def test_in_chunks_it_is_the_same_loss_with_the_same_gradient(most, how):
+    def chunked(head, hidden):
+        found = tx.chunked_cross_entropy(apply_head, head, hidden, TARGETS, WEIGHTS, vocab_size=V, most=most, **how)
+        return 2 * found[0], found  # twice: a gradient that comes from behind is passed on
+
+    def plain(head, hidden):
+        found = tx.cross_entropy(apply_head(head, hidden), TARGETS, WEIGHTS, **how)
+        return 2 * found[0], found
+
+    for function in (jax.value_and_grad(chunked, (0, 1), has_aux=True), chunked):  # also where no gradient is asked for
+        oracle = jax.value_and_grad(plain, (0, 1), has_aux=True) if function is not chunked else plain
+        jax.tree.map(
+            lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5),
+            jax.jit(function)(HEAD, HIDDEN),
+            oracle(HEAD, HIDDEN),
+        )
+
+
+def test_z_loss_is_its_definition():
+    log_z = np.log(np.exp(np.float64(LOGITS)).sum(-1))
+    plain, _ = tx.cross_entropy(LOGITS, TARGETS, WEIGHTS)
+    total, _ = tx.cross_entropy(LOGITS, TARGETS, WEIGHTS, z_loss_rate=0.1)
+    np.testing.assert_allclose(total - plain, 0.1 * (WEIGHTS * log_z**2).sum(), rtol=1e-5)
+
+
+def test_logits_of_a_large_vocabulary_are_never_held():
+    """B · T of 8 k tokens, V of 128 k: XLA's own count of temporaries, against the loss of all logits at once."""
+    B, T, V, D = 8, 1024, 128 * 1024, 512
+
+    def temporaries(most):
+        def loss(table, hidden, targets, weights):
+            head = functools.partial(jnp.einsum, "VD,BTD->BTV", preferred_element_type=jnp.float32)
+            return tx.chunked_cross_entropy(head, table, hidden, targets, weights, vocab_size=V, **most)[0]
+
+        shapes = (
+            jax.ShapeDtypeStruct(shape, dtype)
+            for shape, dtype in (((V, D), "float32"), ((B, T, D), "bfloat16"), ((B, T), "int32"), ((B, T), "float32"))
+        )
+        return jax.jit(jax.grad(loss, (0, 1))).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries({}) <= 0.15 * temporaries({"most": B * T * V})

@@ -1,5 +1,6 @@
 """Laws 9 and 13: a step is one function, however many devices share it, and models learn by it."""
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ import pytest
 
 import tx_jax as tx
 from tx_jax import Batch, MeshConfig, ModelConfig, OptimConfig
+from tx_jax.data.batches import PairBatch
 from tx_jax.parallel import AXIS
 
 V, B, T = 16, 8, 11
@@ -21,9 +23,9 @@ jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_lev
 init = jit(tx.init_state, static_argnums=(0, 1))
 
 
-def make(model=CFG, optim=ADAMW, **more):
+def make(model=CFG, optim=ADAMW, remat="none", **more):
     """A model, its step and its first state: a new one each time, because a launcher gives the old one up."""
-    model, optimizer = tx.build(model), tx.make_optimizer(optim, n_steps=100)
+    model, optimizer = tx.build(model, remat), tx.make_optimizer(optim, n_steps=100)
     return model, tx.make_train_step(model, optimizer, **more), init(model, optimizer, KEY)
 
 
@@ -33,6 +35,115 @@ def make_batch(seed=0, lengths=(0, 1, 11, 2, 0, 11, 3, 5)):
     real = np.arange(T) < np.array(lengths)[:, None]
     positions = np.where(real, np.arange(T), -1).astype(np.int32)
     return Batch(*(jnp.asarray(x) for x in (tokens[:, :-1], tokens[:, 1:], real.astype(np.float32), positions)))
+
+
+TWO_KINDS = {"n_layers": 3, "window": 4, "window_pattern": "wf"}  # one of them is left over
+MODELS = {
+    "two kinds of layers": dataclasses.replace(CFG, **TWO_KINDS),
+    "encoder-decoder": dataclasses.replace(CFG, stack="encoder_decoder", n_layers=2, n_encoder_layers=1),
+}
+
+
+def make_inputs(cfg):
+    """A batch of its model."""
+    batch = make_batch()
+    if cfg.stack != "encoder_decoder":
+        return batch
+    source = jnp.asarray(np.random.default_rng(1).integers(V, size=(B, T)), jnp.int32)
+    return PairBatch(source, *batch[:3], batch.positions[::-1], batch.positions)
+
+
+@functools.cache
+def plain_step(name):
+    _, step, state = make(MODELS[name])
+    return jit(step)(state, make_inputs(MODELS[name]))
+
+
+def same_update(one, other):
+    (state, metrics), (expected, expected_metrics) = one, other
+    np.testing.assert_allclose(metrics, expected_metrics, rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6),
+        tx.unstack_layers((state.params, state.opt_state)),
+        (expected.params, expected.opt_state),
+    )
+
+
+@pytest.mark.parametrize(("name", "n"), [("two kinds of layers", 8), ("encoder-decoder", 2)])
+def test_parts_in_turn_are_the_whole_batch(name, n):
+    """Though the padding is so uneven that some parts hold nothing."""
+    _, step, state = make(MODELS[name], accumulate_steps=n)
+    same_update(jit(step)(state, make_inputs(MODELS[name])), plain_step(name))
+
+
+LAYOUTS = {"loop": lambda tree, period: tree, "scan": tx.stack_layers}
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "remat"),
+    [
+        ("two kinds of layers", "loop", "names"),
+        ("two kinds of layers", "scan", "dots"),
+        ("encoder-decoder", "scan", "none"),
+        ("encoder-decoder", "scan", "full"),
+    ],
+)
+def test_stacked_layers_and_remat_change_no_update(name, layout, remat):
+    cfg = MODELS[name]
+    _, step, state = make(cfg, remat=remat)
+    state = LAYOUTS[layout](state, len(cfg.window_pattern))
+    same_update(jit(step)(state, make_inputs(cfg)), plain_step(name))
+
+
+@pytest.mark.parametrize(("period", "over"), [(1, []), (2, ["blocks_2"])])
+def test_stacking_loses_no_bit(period, over):
+    _, _, state = make(MODELS["two kinds of layers"])
+    stacked = tx.stack_layers(state, period)
+    assert [name for name in stacked.params["stack"] if name.startswith("blocks")] == over
+    assert stacked.params["stack"]["scanned"].keys() == {str(i) for i in range(period)}
+    back = tx.unstack_layers(stacked)
+    assert jax.tree.structure(back) == jax.tree.structure(state)
+    for one, other in ((back.params, state.params), (back.opt_state, state.opt_state)):
+        jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_remat_keeps_less_and_a_deep_scan_compiles_no_more():
+    """As XLA counts bytes; in instructions, because seconds are the machine's."""
+    batch = Batch(*(jax.ShapeDtypeStruct((4, 64), dtype) for dtype in ("int32", "int32", "float32")))
+
+    def compiled(n_layers, remat="none"):
+        cfg = dataclasses.replace(CFG, n_layers=n_layers)
+        model, optimizer = tx.build(cfg, remat), tx.make_optimizer(ADAMW, n_steps=100)
+        state = jax.eval_shape(lambda key: tx.stack_layers(tx.init_state(model, optimizer, key)), KEY)
+        return jit(tx.make_train_step(model, optimizer)).lower(state, batch).compile()
+
+    bytes_kept = {name: compiled(8, name).memory_analysis().temp_size_in_bytes for name in ("none", "dots", "full")}
+    assert bytes_kept["full"] < bytes_kept["dots"] < bytes_kept["none"]
+    assert len(compiled(48).as_text().splitlines()) <= 1.3 * len(compiled(4).as_text().splitlines())
+
+
+def test_a_cache_needs_layers_that_are_not_stacked():
+    model, _, state = make()
+    stacked, cache = tx.stack_layers(state.params), tx.init_cache(CFG, 1, 8)
+    with pytest.raises(tx.InputError, match=r"^parameters are stacked for training, and a cache is not; use unstack_l"):
+        model.apply({"params": stacked}, jnp.ones((1, 2), int), cache=cache)
+
+
+def test_a_remat_that_is_not_there_is_refused():
+    with pytest.raises(tx.InputError, match=r"^remat='all' is not one of none, full, dots, names$"):
+        tx.build(CFG, "all")
+
+
+def test_neither_memory_nor_source_is_refused():
+    model = tx.build(MODELS["encoder-decoder"])
+    with pytest.raises(tx.InputError, match=r"^memory=None needs a source; give what encode gave, or the source"):
+        model.apply({"params": {}}, jnp.ones((1, 2), int), method="hidden")
+
+
+def test_a_batch_of_uneven_parts_is_refused():
+    _, step, state = make(accumulate_steps=3)
+    with pytest.raises(tx.InputError, match=r"^a batch of 8 rows is no multiple of accumulate_steps=3; change"):
+        jax.eval_shape(step, state, make_batch())
 
 
 LAUNCHERS = {

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from tx_jax.cache import LayerCache, write_layer
@@ -17,6 +18,7 @@ from tx_jax.ops.attention import laid_attention, scores
 from tx_jax.ops.masks import Mask
 from tx_jax.ops.positions import Rotation, rotate
 
+NAMES = ("queries", "keys_values", "attended")  # of what remat by names keeps
 MOST = 16  # beams of a sentence that are attended one after another on a CPU: each is a product of its own to compile
 
 
@@ -89,6 +91,7 @@ class Attention(nn.Module):
         q, k, bias = self._turned(q, k, plan, scale)
         drop = cfg.attention_dropout_rate > 0 and not deterministic
         one_by_one = rows < B <= MOST * rows and T == 1 and jax.default_backend() == "cpu"
+        q, k, v = checkpoint_name(q, "queries"), *checkpoint_name((k, v), "keys_values")
         heads = laid_attention(
             q.reshape(rows, -1, *q.shape[2:]), k, v, plan.mask, bias,
             scale=scale,
@@ -97,7 +100,7 @@ class Attention(nn.Module):
             dropout_key=self.make_rng("dropout") if drop else None,
             impl="by_query" if one_by_one else "auto",
         )  # fmt: skip
-        return self.out(heads.reshape(B, T, -1))
+        return self.out(checkpoint_name(heads, "attended").reshape(B, T, -1))
 
     def _turned(self, q: Array, k: Any, plan: Plan, scale: float) -> tuple[Array, Any, Array | None]:
         """q turned by its position, with the keys and the bias by which sinks score as another turn of q would."""

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
@@ -13,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from tx_jax.cache import Cache, LayerCache, slots_of, write
 from tx_jax.config import ModelConfig
 from tx_jax.errors import require
-from tx_jax.modules.attention import Attention, Plan, Sinks
+from tx_jax.modules.attention import NAMES, Attention, Plan, Sinks
 from tx_jax.modules.mlp import MLP
 from tx_jax.modules.norms import make_norm
 from tx_jax.modules.positions import SCHEMES
@@ -70,14 +71,25 @@ class Block(nn.Module):
 # One block is traced for all of a stack: thirty blocks in half the time, of the same compiled program.
 TracedOnce = nn.jit(Block, static_argnames="deterministic")
 
+KEPT: dict[str, Any] = {  # what a block keeps for its gradient; the rest is computed again
+    "none": jax.checkpoint_policies.everything_saveable,  # no remat: nothing is
+    "full": jax.checkpoint_policies.nothing_saveable,  # what goes into the block
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # products with kernels, not those in attention
+    "names": jax.checkpoint_policies.save_only_these_names(*NAMES),  # queries, keys, values and what attention gives
+}
+
 
 class Stack(nn.Module):
-    """Token vectors to hidden vectors: positions, n blocks and, unless post-norm, a last norm."""
+    """Token vectors to hidden vectors: positions, n blocks and, unless post-norm, a last norm.
+
+    Blocks are a loop over `blocks_0`, `blocks_1`, …; those that `stack_layers` put into `scanned` are a scan before it.
+    """
 
     cfg: ModelConfig
     n_layers: int
     causal: bool
     cross: bool = False
+    remat: str = "none"  # a key of KEPT
 
     def setup(self) -> None:
         cfg = self.cfg
@@ -138,19 +150,66 @@ class Stack(nn.Module):
         x = self.positions.add(x, index)
         x = self.first_norm(x) if cfg.norm_embeddings else x
         x = self.dropout(x, deterministic=deterministic)
-        layers = []
-        for i, block in enumerate(self.blocks):
+        if scanned := self._scanned():
+            require(cache is None, "parameters are stacked for training, and a cache is not; use unstack_layers")
+            x = self._scan(scanned, x, plans, memory, cross_plan, deterministic)
+
+        def call(block: Block, *args: Any) -> tuple[Array, LayerCache | None]:
+            return block(*args, deterministic=deterministic)
+
+        call = call if self.remat == "none" else nn.remat(call, policy=KEPT[self.remat])
+        layers, n = [], self.n_layers
+        for i in range(self._n_scanned(), n):
             layer = None if cache is None else cache.layers[i]
-            source = None if memory is None else memory.layers[i]
+            source = None if memory is None else memory.layers[i - n]
             plan = plans[cfg.window_pattern[i % len(cfg.window_pattern)]]
-            x, layer = block(x, plan, layer, source, cross_plan, deterministic=deterministic)
+            x, layer = call(self.blocks[i], x, plan, layer, source, cross_plan)
             layers.append(layer)
         x = self.last_norm(x) if cfg.norm_order != "post" else x
         return x, None if cache is None else cache._replace(layers=tuple(layers), positions=k_positions)
 
     def memory(self, x: Float[Array, "B S D"], positions: Int[Array, "B S"]) -> Cache:
         """An encoder's output as the keys and values of every block's cross-attention."""
-        return Cache(tuple(block.cross_attention.keys_values(x) for block in self.blocks), positions)
+
+        def keys_values(block: Any, x: Array) -> LayerCache:
+            return block.cross_attention.keys_values(x)
+
+        block = Block(self.cfg, self.cross, parent=None)
+        one = lambda params: block.apply({"params": params}, x, method=keys_values)  # noqa: E731
+        scanned = tuple(jax.lax.map(one, layers) for layers in self._scanned().values())
+        rest = (keys_values(block, x) for block in self.blocks[self._n_scanned() :])
+        layers: Any = (scanned, *rest) if scanned else tuple(rest)  # a scan's are one
+        return Cache(layers, positions)
+
+    def _scanned(self) -> dict[str, Any]:
+        """The parameters of the layers that are scanned, by their place in the window pattern; each leaf of all."""
+        return cast(dict, self.get_variable("params", "scanned", {}))
+
+    def _n_scanned(self) -> int:
+        leaves = jax.tree.leaves(self._scanned())
+        return len(leaves[0]) * len(self.cfg.window_pattern) if leaves else 0
+
+    def _scan(
+        self, params: dict, x: Array, plans: dict, memory: Cache | None, cross_plan: Plan, deterministic: bool
+    ) -> Array:
+        block, pattern = Block(self.cfg, self.cross, parent=None), self.cfg.window_pattern
+        n_steps = self._n_scanned() // len(pattern)
+        keys = jax.random.split(self.make_rng("dropout"), n_steps) if self.has_rng("dropout") else None
+
+        def step(x: Array, layers: Any) -> tuple[Array, None]:
+            params, sources, key = layers
+            for i, kind in enumerate(pattern):
+                x, _ = block.apply(
+                    {"params": params[str(i)]}, x, plans[kind], None, sources[i], cross_plan,
+                    deterministic=deterministic,
+                    rngs={} if key is None else {"dropout": jax.random.fold_in(key, i)},
+                )  # fmt: skip
+            return x, None
+
+        if self.remat != "none":
+            step = jax.checkpoint(step, policy=KEPT[self.remat], prevent_cse=False)
+        sources = (None,) * len(pattern) if memory is None else memory.layers[0]
+        return jax.lax.scan(step, x, (params, sources, keys))[0]
 
 
 def _check_room(positions: Array, n_slots: int, window: int | None) -> None:

@@ -8,7 +8,7 @@ import contextlib
 import functools
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from tx_jax.models import Model, build
 from tx_jax.parallel import AXIS, Launcher, jit_step, make_mesh, pmap_step
 from tx_jax.run_config import MeshConfig, RunConfig
 from tx_jax.run_dir import claim_run_dir
+from tx_jax.stacked import stack_layers, unstack_layers
 from tx_jax.training.optim import make_optimizer, make_schedule
 from tx_jax.training.report import Report
 from tx_jax.training.start import first_state, make_assemble
@@ -46,19 +47,20 @@ def _fit(cfg: RunConfig, stop: threading.Event) -> TrainState:
     run_dir = Path(cfg.run_dir)
     task = open_task(cfg)
     cfg, train = task.cfg, task.cfg.train
-    model = build(cfg.model)
+    model = build(cfg.model, train.remat)
     optimizer, schedule = make_optimizer(cfg.optim, train.n_steps), make_schedule(cfg.optim, train.n_steps)
+    stack, unstack = make_layouts(cfg)
     start = functools.partial(first_state, cfg.lora, model, optimizer, ema=train.ema_rate > 0)
     state = jax.eval_shape(start, jax.random.key(0))
     n_trained = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     mesh = choose_mesh(cfg.mesh)
-    launch = make_launcher(cfg, model, optimizer, state, mesh)
+    launch = make_launcher(cfg, model, optimizer, jax.eval_shape(stack, state), mesh)
     launch.put_batch(task.held_out[0])  # refuses a batch that the devices cannot share, before anything is written
     evaluate = jax.jit(make_eval_step(model))
     assemble = make_assemble(cfg.lora)
 
     def whole(state: TrainState) -> dict:
-        return assemble(*launch.host_state((state.ema if train.ema_rate else state.params, state.frozen)))
+        return assemble(*unstack(launch.host_state((state.ema if train.ema_rate else state.params, state.frozen))))
 
     step = claim(run_dir, cfg, task.tokenizer)
     if step:
@@ -69,7 +71,7 @@ def _fit(cfg: RunConfig, stop: threading.Event) -> TrainState:
         params = None if task.load is None else task.load(mesh)
         state = jax.jit(start, donate_argnums=1)(jax.random.key(train.seed), params)
         checkpoint.save_base(run_dir, state.frozen)
-    state = launch.put_state(state)
+    state = launch.put_state(stack(state))
 
     with Report(cfg, step, n_trained) as report:
         with checkpoint.saver(run_dir, train.keep) as save:
@@ -94,12 +96,20 @@ def _fit(cfg: RunConfig, stop: threading.Event) -> TrainState:
                 if due(step, train.save_every) or last:
                     with report.pause(metrics):
                         data = {"batches": task.batches.get_state(), "text_sha256": task.sha256}
-                        save(step, launch.host_state(state.moving), data)
+                        save(step, unstack(launch.host_state(state.moving)), data)
                         plot_metrics(run_dir)
         if step == train.n_steps and task.test is not None and not report.tested:
             report.test(step, task.test(model, load_pretrained(run_dir, mesh=mesh).params))  # as sample.py loads them
         report.end(step, stopped=step < train.n_steps)
-    return launch.host_state(state)
+    return unstack(launch.host_state(state))
+
+
+def make_layouts(cfg: RunConfig) -> tuple[Callable, Callable]:
+    """State to state: with the layers as the step has them, and as checkpoints and everything else do."""
+    if not cfg.train.scan_layers:
+        return lambda state: state, lambda state: state
+    stack = functools.partial(stack_layers, period=len(cfg.model.window_pattern))
+    return jax.jit(stack, donate_argnums=0), jax.jit(unstack_layers)
 
 
 def claim(run_dir: Path, cfg: RunConfig, tokenizer: AnyTokenizer) -> int:
@@ -153,7 +163,9 @@ def make_launcher(cfg: RunConfig, model: Model, optimizer, state: TrainState, me
     train = cfg.train
     how = {
         "label_smoothing": train.label_smoothing_rate,
+        "z_loss_rate": train.z_loss_rate,
         "ema_rate": train.ema_rate,
+        "accumulate_steps": train.accumulate_steps,
         "assemble": make_assemble(cfg.lora),
     }
     if mesh is None:

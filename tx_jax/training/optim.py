@@ -41,9 +41,16 @@ def make_schedule(cfg: OptimConfig, n_steps: int) -> Callable[[Any], Any]:
     return optax.join_schedules([warmup, after], [cfg.warmup_steps]) if cfg.warmup_steps else after
 
 
+VECTORS = ("bias", "scale", "offset")  # the last names of what is none, however many layers are stacked in it
+
+
 def is_matrix(params: optax.Params) -> optax.Params:
-    """True for what weight decay applies to: tables and kernels, not biases and norms."""
-    return jax.tree.map(lambda leaf: jnp.ndim(leaf) >= 2, params)
+    """True for what weight decay applies to: tables, kernels and adapters, not biases and norms."""
+
+    def is_one(path: tuple, leaf: Any) -> bool:
+        return jnp.ndim(leaf) >= 2 and getattr(path[-1], "key", None) not in VECTORS
+
+    return jax.tree_util.tree_map_with_path(is_one, params)
 
 
 def make_optimizer(cfg: OptimConfig, n_steps: int) -> optax.GradientTransformation:

@@ -4,16 +4,18 @@ Its random key is a function of the step, so a checkpoint needs no other state. 
 of all devices before the one division, so any number of devices gives the same update.
 """
 
+import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from tx_jax.models import Model, init_params
-from tx_jax.training.losses import cross_entropy
+from tx_jax.errors import require
+from tx_jax.models import STACKS, Model, init_params
+from tx_jax.training.losses import chunked_cross_entropy
 
 
 @runtime_checkable  # for the shape checks under pytest
@@ -80,29 +82,48 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     *,
     label_smoothing: float = 0.0,
+    z_loss_rate: float = 0.0,
     ema_rate: float = 0.0,
+    accumulate_steps: int = 1,
     axis_name: str | None = None,
     assemble: Callable[[Any, Any], dict] = lambda params, frozen: params,
 ) -> Callable[[TrainState, Examples], tuple[TrainState, Metrics]]:
     """A pure (state, batch) → (state, metrics).
 
     Args:
+        label_smoothing, z_loss_rate: of `cross_entropy`.
         ema_rate: the share of the mean so far in state.ema (`init_state(…, ema=True)`); less in the first steps, so
             that those do not weigh for long: (1 + step) / (10 + step) at most, as in TensorFlow. 0: no mean is kept.
+        accumulate_steps: parts of a batch that are read in turn, every so manyth row in one. Their sums are added and
+            divided once, so that the update is that of the whole batch, in less memory.
         axis_name: that of a `pmap`, if it runs inside one.
         assemble: (state.params, state.frozen) → the model's parameters, such as adapters with what they adapt.
     """
 
+    how = {"label_smoothing": label_smoothing, "z_loss_rate": z_loss_rate}
+
     def loss(params: dict, frozen: Any, batch: Examples, key: PRNGKeyArray) -> tuple[Array, Array]:
-        whole = assemble(params, frozen)
-        logits, _ = model.apply({"params": whole}, **batch.inputs, deterministic=False, rngs={"dropout": key})
-        return cross_entropy(logits, batch.targets, batch.weights, label_smoothing=label_smoothing)
+        return _loss(model, assemble(params, frozen), batch, key, **how)
+
+    def gradient(params: dict, frozen: Any, batch: Examples, key: PRNGKeyArray) -> Any:
+        """((sum of nats, count of tokens), the gradient of the sum)."""
+        whole = jax.value_and_grad(loss, has_aux=True)
+        if accumulate_steps == 1:
+            return whole(params, frozen, batch, key)
+
+        def add(sums: Any, part: Any) -> tuple[Any, None]:
+            i, rows = part
+            return jax.tree.map(jnp.add, sums, whole(params, frozen, rows, jax.random.fold_in(key, i))), None
+
+        parts = jnp.arange(accumulate_steps), _parts(batch, accumulate_steps)
+        shapes = jax.eval_shape(whole, params, frozen, jax.tree.map(lambda leaf: leaf[0], parts[1]), key)
+        return jax.lax.scan(add, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes), parts)[0]
 
     def step(state: TrainState, batch: Examples) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
         if axis_name is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-        (total, count), grads = jax.value_and_grad(loss, has_aux=True)(state.params, state.frozen, batch, key)
+        (total, count), grads = gradient(state.params, state.frozen, batch, key)
         if axis_name is not None:
             total, count, grads = jax.lax.psum((total, count, grads), axis_name)
         divisor = jnp.where(count > 0, count, 1.0)  # a batch of padding alone has a gradient of 0
@@ -117,11 +138,33 @@ def make_train_step(
     return step
 
 
+def _parts(batch: Any, n: int) -> Any:
+    """A batch of B rows as n of B / n: every n-th row in one, so that each device keeps the rows that it has."""
+
+    def cut(leaf: Array) -> Array:
+        rule = f"a batch of {len(leaf)} rows is no multiple of accumulate_steps={n}"
+        require(len(leaf) % n == 0, f"{rule}; change the one or the other")
+        return jnp.moveaxis(leaf.reshape(-1, n, *leaf.shape[1:]), 1, 0)
+
+    return jax.tree.map(cut, batch)
+
+
 def make_eval_step(model: Model) -> Callable[[dict, Examples], tuple[Array, Array]]:
     """A pure (params, batch) → (sum of nats, count of tokens), without dropout or smoothing."""
 
     def step(params: dict, batch: Examples) -> tuple[Array, Array]:
-        logits, _ = model.apply({"params": params}, **batch.inputs)
-        return cross_entropy(logits, batch.targets, batch.weights)
+        return _loss(model, params, batch)
 
     return step
+
+
+def _loss(model: Model, params: dict, batch: Examples, key: Any = None, **how: Any) -> tuple[Array, Array]:
+    """The sum of nats and the count of tokens, with dropout if there is a key; (B, T, V) logits are never held."""
+    drop = {} if key is None else {"deterministic": False, "rngs": {"dropout": key}}
+    hidden, _ = model.apply({"params": params}, **batch.inputs, **drop, method="hidden")
+    rest = {name: part for name, part in params.items() if name not in STACKS}  # what logits can need
+    apply: Any = functools.partial(model.apply, method="logits")
+    return chunked_cross_entropy(
+        lambda rest, hidden: apply({"params": rest}, hidden), rest,
+        hidden, batch.targets, batch.weights, vocab_size=cast(int, model.cfg.vocab_size), **how,
+    )  # fmt: skip
