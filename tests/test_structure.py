@@ -27,7 +27,7 @@ RANKS = {  # of every module of the package
     "decoding.prompts": 6, "decoding.generate": 7, "training.step": 6, "decoding.beam_rules": 0, "decoding.beam": 8,
     "decoding.stream": 8, "decoding.scoring": 8, "decoding.speculative": 8, "decoding.engine": 8,
     "decoding.session": 9,
-    "training.report": 7,
+    "complexity": 6, "training.peaks": 0, "training.report": 7,
     "sentences": 7, "translate": 9, "inspect": 10,
     "convert.layouts": 0, "convert.gguf": 1, "convert.fields": 1, "convert.mapping": 6, "convert.family": 7,
     "convert.decoders": 8, "convert.encoders": 8, "convert.gguf_models": 8, "convert.pretrained": 9,

@@ -170,6 +170,7 @@ class RunConfig:
     train: TrainConfig = TrainConfig()
     mesh: MeshConfig = MeshConfig()
     lora: LoraConfig = LoraConfig()
+    profile: bool = False  # write a trace of five steps to run_dir/profile
 
     def __post_init__(self) -> None:
         check(self)

@@ -14,7 +14,7 @@ RunDir = str | os.PathLike[str]
 UNFINISHED_CONFIG = "config.json.tmp"
 # Fields that may change when a run goes on: they do not enter the mathematics of a step.
 FREE = re.compile(
-    r"run_dir|mesh\..*|train\.(\w+_every|keep|n_averaged|n_scored|sample_\w+|accumulate_steps|remat|scan_layers)"
+    r"run_dir|profile|mesh\..*|train\.(\w+_every|keep|n_averaged|n_scored|sample_\w+|accumulate_steps|remat|scan_layers)"
 )
 
 

@@ -14,11 +14,13 @@ from tx_jax.checkpoint import latest_step, restore_params
 from tx_jax.models import build, init_params
 from tx_jax.run_dir import read_config
 
+SPEEDS = {"tokens_per_second", "mfu", "data_wait", "memory_bytes"}
+
 
 def records(run_dir):
     """metrics.jsonl without what the clock says."""
     rows = [json.loads(row) for row in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in rows]
+    return [{name: value for name, value in row.items() if name not in SPEEDS} for row in rows]
 
 
 def assert_same_params(a, b):
@@ -42,6 +44,32 @@ def test_a_run_leaves_everything(run, text):
     valid = [row for row in records(run) if "valid_loss" in row]
     assert [row["step"] for row in valid] == [20, 40]
     assert valid[-1]["valid_loss"] < losses[0]["loss"] - 0.3
+
+
+def test_every_record_but_the_first_tells_how_fast(run):
+    first, *rest = (json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines() if '"loss"' in row)
+    assert not SPEEDS & first.keys()
+    for row in rest:
+        assert row["tokens_per_second"] > 0
+        assert 0 < row["mfu"] < 1
+        assert 0 <= row["data_wait"] < 1
+        assert row["memory_bytes"] > 2**26
+
+
+def test_a_profile_of_stacked_layers_which_a_run_may_leave_again(run, train, tiny, tmp_path, capsys):
+    """A checkpoint does not tell how its layers were computed."""
+    again = tmp_path / "again"
+    layers = ["--train.scan-layers", "--train.remat", "full", "--train.accumulate-steps", "2", "--mesh.tensor", "4"]
+    train([*tiny, *layers, "--profile", "--run-dir", str(again)])
+    assert f"the trace of 5 steps is in {again}/profile" in capsys.readouterr().out
+    assert list((again / "profile").rglob("*.xplane.pb"))
+    shutil.rmtree(again / "checkpoints" / "40")
+    train([*tiny, "--run-dir", str(again)])
+    assert "continuing after step 20 of 40" in capsys.readouterr().out
+    for one, other in zip(
+        *([row for row in records(path) if "valid_loss" in row] for path in (again, run)), strict=True
+    ):
+        assert one["valid_loss"] == pytest.approx(other["valid_loss"], abs=0.05)  # another draw of dropout
 
 
 def test_running_again_when_done_changes_nothing(run, train, capsys):

@@ -38,7 +38,7 @@ class Batch(NamedTuple):
     @property
     def n_tokens(self) -> int:
         """Tokens that are read, padding apart."""
-        return self.tokens.size if self.positions is None else int((np.asarray(self.positions) >= 0).sum())
+        return _n_real(self.tokens, self.positions)
 
 
 class PairBatch(NamedTuple):
@@ -60,7 +60,16 @@ class PairBatch(NamedTuple):
     @property
     def n_tokens(self) -> int:
         """Target tokens, padding apart."""
-        return self.tokens.size if self.positions is None else int((np.asarray(self.positions) >= 0).sum())
+        return _n_real(self.tokens, self.positions)
+
+    @property
+    def n_source_tokens(self) -> int:
+        """Source tokens, padding apart."""
+        return _n_real(self.source, self.source_positions)
+
+
+def _n_real(tokens: Array | np.ndarray, positions: Array | np.ndarray | None) -> int:
+    return tokens.size if positions is None else int((np.asarray(positions) >= 0).sum())
 
 
 def split(ids: Ids, valid_fraction: float) -> tuple[Ids, Ids]:

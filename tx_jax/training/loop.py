@@ -77,11 +77,11 @@ def _fit(cfg: RunConfig, stop: threading.Event) -> TrainState:
         with checkpoint.saver(run_dir, train.keep) as save:
             last = step == train.n_steps
             while not last:
-                batch = next(task.batches)
+                batch = report.next(task.batches)
+                report.trace(step + 1)
                 state, metrics = launch.step(state, launch.put_batch(batch))
                 step += 1
                 last = step == train.n_steps or stop.is_set()  # asked once a step: the last step is always saved
-                report.count(batch.n_tokens)
                 if due(step, train.log_every) or step == report.first or last:
                     report.training(step, metrics, float(schedule(step - 1)))
                 if due(step, train.eval_every, train.n_steps):

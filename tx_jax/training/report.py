@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import resource
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +13,13 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from tx_jax.complexity import make_train_flops
 from tx_jax.models import count_params
 from tx_jax.run_config import RunConfig
+from tx_jax.training.peaks import peak_flops
 from tx_jax.training.step import Metrics
+
+TRACED = 5  # steps of a profile
 
 
 class Report:
@@ -22,7 +28,8 @@ class Report:
     def __init__(self, cfg: RunConfig, step: int, n_trained: int):
         self.cfg, self.first, self.n_trained = cfg, step + 1, n_trained
         self.run_dir = Path(cfg.run_dir)
-        self.n_tokens = 0  # since the last report
+        self.flops_of, self.peak = make_train_flops(cfg.model, adapters=cfg.lora.rank > 0), peak_flops()
+        self.n_tokens, self.flops, self.waited = 0, 0.0, 0.0  # since the last report
         self.console = Console(highlight=False, soft_wrap=True, force_jupyter=False)  # plain lines in a notebook
         columns = (
             "step",
@@ -35,6 +42,7 @@ class Report:
         )
         self.bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
         self.task = self.bar.add_task("compiling …", total=cfg.train.n_steps, completed=step)
+        self.tracing: int | None = None  # the first step of a trace that is being taken
         metrics = _cut(self.run_dir / "metrics.jsonl", step)
         self.tested = metrics.exists() and '"test_' in metrics.read_text(encoding="utf-8")  # by a run before this one
         self.metrics = metrics.open("a", encoding="utf-8")
@@ -55,6 +63,7 @@ class Report:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.trace(None)
         self.bar.stop()
         self.metrics.close()
 
@@ -62,9 +71,26 @@ class Report:
         """One line for a person."""
         self.console.print(text, markup=False)
 
-    def count(self, n_tokens: int) -> None:
-        """Tokens that the steps since the last report have read."""
-        self.n_tokens += n_tokens
+    def next(self, batches: Iterator[Any]) -> Any:
+        """The next batch, which is counted, and the time that the step waits for it."""
+        start = time.perf_counter()
+        batch = next(batches)
+        self.waited += time.perf_counter() - start
+        self.n_tokens, self.flops = self.n_tokens + batch.n_tokens, self.flops + self.flops_of(batch)
+        return batch
+
+    def trace(self, step: int | None) -> None:
+        """With cfg.profile, what the devices do in the TRACED steps from this one on, if it is the second.
+
+        None: those steps are the last.
+        """
+        if self.cfg.profile and step == self.first + 1:
+            jax.profiler.start_trace(self.run_dir / "profile")
+            self.tracing = step
+        elif self.tracing is not None and (step is None or step == self.tracing + TRACED):
+            jax.profiler.stop_trace()
+            self.tracing = None
+            self.line(f"the trace of {TRACED} steps is in {self.run_dir}/profile: tensorboard --logdir {self.run_dir}")
 
     def training(self, step: int, metrics: Metrics, lr: float) -> None:
         """The last training step, and the speed since the last report."""
@@ -72,11 +98,21 @@ class Report:
         seconds = time.perf_counter() - self.since
         if step == self.first:
             self.line(f"first step, with its compilation: {seconds:.1f} s")
-        speed, left = self.n_tokens / seconds, (self.cfg.train.n_steps - step) * seconds / (step - self.done)
-        self.since, self.done, self.n_tokens = time.perf_counter(), step, 0
+        left, n_devices = (self.cfg.train.n_steps - step) * seconds / (step - self.done), jax.device_count()
+        speed = {
+            "tokens_per_second": self.n_tokens / seconds,
+            "mfu": self.flops / seconds / (self.peak * n_devices),
+            "data_wait": self.waited / seconds,
+            "memory_bytes": memory_in_use(),
+        }
+        self.since, self.done, self.n_tokens, self.flops, self.waited = time.perf_counter(), step, 0, 0.0, 0.0
         record = {"loss": loss, "lr": lr, "grad_norm": norm}
-        self.write(step, record if step == self.first else record | {"tokens_per_second": speed})
-        text = f"loss {loss:.4f}  lr {lr:.2e}  grad {norm:.2f}  {speed:,.0f} tokens/s"
+        self.write(step, record if step == self.first else record | speed)
+        text = (
+            f"loss {loss:.4f}  lr {lr:.2e}  grad {norm:.2f}  {speed['tokens_per_second'] / n_devices:,.0f} tokens/s"
+            f"{'/device' * (n_devices > 1)}  MFU {speed['mfu']:.0%}  {speed['memory_bytes'] / 2**30:.1f} GiB"
+            f"  data wait {speed['data_wait']:.1%}"
+        )
         self.bar.update(self.task, completed=step, description=text)
         if not self.console.is_terminal:
             self.line(
@@ -121,6 +157,13 @@ class Report:
         start = time.perf_counter()
         yield
         self.since += time.perf_counter() - start
+
+
+def memory_in_use() -> int:
+    """The most bytes that the fullest device of this host has held or, where none tells, this process."""
+    told = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
+    unit = 1 if sys.platform == "darwin" else 1024
+    return max(told) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _cut(path: Path, step: int) -> Path:
