@@ -3,6 +3,7 @@
 import sys
 
 from tx_jax.command_line import keep_compiled, keep_memory, one_line_errors, parse_run
+from tx_jax.processes import connect
 from tx_jax.training.loop import fit
 
 
@@ -10,7 +11,7 @@ from tx_jax.training.loop import fit
 def main(args: list[str]) -> None:
     """Train what the command line describes."""
     keep_compiled()
-    fit(parse_run(args))
+    fit(parse_run(connect(args)))
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ def main(args: Args) -> None:
     mine = iter(train_batches(train_ids, **shape, seed=args.seed))
     other = iter(train_batches(train_ids, **shape, seed=args.seed))
     start = time.perf_counter()
-    step = launch.step.lower(state, launch.put_batch(held_out[0])).compile()
+    step = launch.lower(state, launch.put_batch(held_out[0])).compile()
     compile_seconds = time.perf_counter() - start
 
     seconds = {"tx_jax": [], "torch": []}

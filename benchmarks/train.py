@@ -56,7 +56,7 @@ def ours(args: Args, tokens: np.ndarray):
     T = args.seq_len
     batch = launch.put_batch(Batch(tokens[:, :T], tokens[:, 1:], np.ones(tokens[:, 1:].shape, np.float32)))
     state = launch.put_state(state)
-    compiled = launch.step.lower(state, batch).compile()
+    compiled = launch.lower(state, batch).compile()
 
     def once() -> tuple[float, float]:
         nonlocal state

@@ -11,14 +11,15 @@ PACKAGE = Path(__file__).parents[1] / "tx_jax"
 RANKS = {  # of every module of the package
     "errors": -3, "config_checks": -1, "config_json": -1,
     "config": 0, "run_config": 1,
-    "ops.masks": -1, "ops.int8": -1, "fuse": 0, "ops.attention": 0, "ops.positions": 0,
+    "ops.masks": -2, "ops.spread": -1, "ops.int8": -1, "fuse": 0, "ops.attention": 0, "ops.positions": 0,
     "training.losses": 0, "decoding.rules": 0, "decoding.samplers": 1, "decoding.automaton": 0, "decoding.grammar": 1,
     "data.tokenizers": -2, "data.wheels": -1, "data.corpora": 0, "data.batches": 0, "data.objectives": 1,
     "convert.files": 0, "convert.named": 0,
     "data.libraries": -1, "data.byte_ranks": 0, "data.sentencepieces": 0, "data.subwords": 1,
     "data.pairs": 1, "data.buckets": 1, "data.trained": 2, "data.token_bytes": 2,
     "data.vocabularies": 2, "data.vocabulary_files": 3, "data.chat": 2, "data.chat_template": -3,
-    "stacked": 0, "presets": 2, "run_presets": 3, "run_dir": 2, "lora": 2, "cache": 1, "parallel": 2, "checkpoint": 2,
+    "stacked": 0, "processes": 0,
+    "presets": 2, "run_presets": 3, "run_dir": 2, "lora": 2, "cache": 1, "parallel": 2, "checkpoint": 2,
     "training.optim": 2, "modules.linear": 1, "modules.mlp": 2, "modules.norms": 2, "modules.positions": 2,
     "command_line": 4,
     "modules.attention": 3, "modules.embed": 3,
@@ -72,7 +73,7 @@ def test_imports_go_down(name):
 
 @pytest.mark.parametrize("name", PURE)
 def test_arrays_in_arrays_out(name):
-    assert own_imports(name) <= {"errors", "ops.int8", "ops.masks"}
+    assert own_imports(name) <= {"errors", "ops.int8", "ops.masks", "ops.spread"}
 
 
 @pytest.mark.parametrize("name", RANKS)
@@ -82,7 +83,7 @@ def test_no_reference_implementation_in_the_package(name):
 
 @pytest.mark.parametrize("name", ["parallel", "checkpoint"])
 def test_launchers_and_checkpoints_see_no_model(name):
-    assert own_imports(name) <= {"config", "config_json", "errors", "run_config"}
+    assert own_imports(name) <= {"config", "config_checks", "config_json", "errors", "run_config"}
 
 
 def test_the_program_that_renders_a_template_imports_nothing_heavy():

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, PyTree
 
@@ -149,7 +150,10 @@ def save_base(run_dir: RunDir, params: PyTree[Array]) -> None:
     """
     home = pathlib.Path(run_dir) / BASE
     if jax.tree.leaves(params):
-        shutil.rmtree(home, ignore_errors=True)
+        if jax.process_index() == 0:
+            shutil.rmtree(home, ignore_errors=True)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(str(home))
         with saver(home, keep=1) as save:
             save(0, _Base(jnp.int32(0), params), {})
 

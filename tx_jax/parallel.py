@@ -3,6 +3,8 @@
 Where a parameter lies is a table of (regex on its path, PartitionSpec); modules know no mesh.
 """
 
+import functools
+import math
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,12 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from tx_jax.config import ModelConfig
+from tx_jax.config_checks import divisors
 from tx_jax.errors import require
 from tx_jax.run_config import MeshConfig
 
 P = PartitionSpec
 AXIS = "data"  # the axis_name that a step for pmap_step is made with
-BATCH_AXES = ("data", "fsdp")  # of the mesh: both split the batch
+AXES = ("data", "fsdp", "expert", "sequence", "tensor")  # of a mesh
+BATCH_AXES = ("data", "fsdp", "expert")  # that split the rows of a batch; sequence splits their tokens
 
 RULES: tuple[tuple[str, PartitionSpec], ...] = (  # first match; kernels are (out, in), or the two parts of an Int8
     (r"/(q|k|v|qkv|gate|up|gate_up)/kernel(/values|/scale)?$", P("tensor", "fsdp")),
@@ -34,31 +39,47 @@ class Launcher(NamedTuple):
     put_state: Callable[[Any], Any]  # onto the devices
     put_batch: Callable[[Any], Any]
     host_state: Callable[[Any], Any]  # one copy of a placed state, or of a part: for a checkpoint, for evaluation
+    make_state: Callable[..., Callable]  # (function that gives a state, donate_argnums=) → one that gives it placed
+    make_eval: Callable[[Callable], Callable]  # a pure (params as of host_state, batch) → the same on the devices
+    lower: Callable[[Any, Any], jax.stages.Lowered]  # the step's program, to be looked at
+    n_parts: int  # of a batch's rows
 
 
 def make_mesh(cfg: MeshConfig = MeshConfig(), devices: list | None = None) -> Mesh:
-    """A mesh of axes data, fsdp and tensor. Axes of None are 1, but data takes all devices that are left.
+    """A mesh of AXES. Axes of None are 1, but data takes all devices that are left.
 
     Raises:
         InputError: the axes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    fsdp, tensor = cfg.fsdp or 1, cfg.tensor or 1
-    data = cfg.data or max(len(devices) // (fsdp * tensor), 1)
-    require(
-        data * fsdp * tensor == len(devices),
-        f"mesh data={data} × fsdp={fsdp} × tensor={tensor} needs {data * fsdp * tensor} devices; "
-        f"there are {len(devices)}",
-    )
-    return Mesh(np.asarray(devices).reshape(data, fsdp, tensor), ("data", "fsdp", "tensor"))
+    sizes = {axis: getattr(cfg, axis) or 1 for axis in AXES}
+    sizes["data"] = cfg.data or max(len(devices) // math.prod(sizes.values()), 1)
+    needed = math.prod(sizes.values())
+    told = " × ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "data=1"
+    require(needed == len(devices), f"mesh {told} needs {needed} devices; there are {len(devices)}")
+    return Mesh(np.asarray(devices).reshape(*sizes.values()), AXES)
+
+
+def check_mesh(mesh: Mesh, model: ModelConfig) -> None:
+    """Hold a model to whole heads and whole experts a device.
+
+    Raises:
+        InputError: tensor does not divide the heads.
+    """
+    n, parts = model.n_heads, mesh.shape["tensor"]
+    require(n % parts == 0, f"mesh.tensor={parts} must divide model.n_heads={n}; use {divisors(n)}")
 
 
 def shardings(tree: Any, mesh: Mesh, rules: tuple[tuple[str, PartitionSpec], ...] = RULES) -> Any:
-    """A NamedSharding for every leaf of `tree`, by its path; an axis that does not divide a dimension is left out."""
+    """A NamedSharding for every leaf of `tree`, by its path; an axis that does not divide a dimension is left out.
+
+    Layers that are stacked (`stack_layers`) have a first axis more, which is whole on every device.
+    """
 
     def of(path: tuple, leaf: Any) -> NamedSharding:
         name = "/".join(str(getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", "")))) for entry in path)
         spec = next(spec for pattern, spec in rules if re.search(pattern, name))
+        spec = (None, *spec) if "scanned/" in name else spec
         fits = [
             axis if axis and size % mesh.shape[axis] == 0 else None
             for axis, size in zip(spec, leaf.shape, strict=False)
@@ -68,38 +89,68 @@ def shardings(tree: Any, mesh: Mesh, rules: tuple[tuple[str, PartitionSpec], ...
     return jax.tree_util.tree_map_with_path(of, tree)
 
 
-def check_batch(batch_size: int, n_parts: int) -> None:
-    """Hold a batch to a whole number of rows a device.
+def placed(shapes: Any, mesh: Mesh) -> Any:
+    """The shapes, with where each leaf is to lie."""
+    return jax.tree.map(lambda leaf, at: leaf.update(sharding=at), shapes, shardings(shapes, mesh))
+
+
+def check_batch(batch_size: int, n_parts: int, accumulate_steps: int = 1) -> None:
+    """Hold a batch to a whole number of rows a device and a part.
 
     Raises:
         InputError: it is not a multiple.
     """
+    n = n_parts * accumulate_steps
+    in_turn = f" in accumulate_steps={accumulate_steps}" if accumulate_steps > 1 else ""
     require(
-        batch_size % n_parts == 0,
-        f"batch_size={batch_size} must be a multiple of the {n_parts} devices that share it; "
-        f"use {max(batch_size // n_parts, 1) * n_parts}",
+        batch_size % n == 0,
+        f"batch_size={batch_size} must be a multiple of the {n_parts} devices that share it{in_turn}; "
+        f"use {max(batch_size // n, 1) * n}",
     )
 
 
 def jit_step(step: Callable, state: Any, mesh: Mesh | None = None) -> Launcher:
-    """`step` on a mesh (None: of one device): the batch split over data and fsdp, parameters by RULES.
+    """`step` on a mesh (None: of one device), which may be of many hosts: parameters by RULES, the batch by its axes.
 
     Args:
         state: a TrainState, or its shapes from `jax.eval_shape`.
     """
     mesh = make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
-    places, rows = shardings(state, mesh), NamedSharding(mesh, P(BATCH_AXES))
-    n_parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    places, n_parts = shardings(state, mesh), math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
     def put_batch(batch: Any) -> Any:
         check_batch(batch[0].shape[0], n_parts)
-        return jax.device_put(batch, rows)
+        return jax.tree.map(put, batch)
+
+    def put(leaf: Any) -> jax.Array:
+        n = mesh.shape["sequence"]
+        rule = f"seq_len={leaf.shape[-1]} must be a multiple of mesh.sequence={n}, which share it"
+        require(leaf.ndim == 1 or leaf.shape[1] % n == 0, f"{rule}; use {max(leaf.shape[-1] // n, 1) * n}")
+        where = NamedSharding(mesh, P(BATCH_AXES, *["sequence"] * (leaf.ndim > 1)))
+        return jax.make_array_from_callback(leaf.shape, where, lambda index: leaf[index])  # what is of this host
+
+    step = jax.jit(step, donate_argnums=0, out_shardings=(places, None))
+
+    def on_mesh(function: Callable) -> Callable:
+        def call(state: Any, batch: Any) -> Any:
+            with jax.set_mesh(mesh):  # modules ask how what they compute is split
+                return function(state, batch)
+
+        return call
+
+    def make_eval(function: Callable) -> Callable:
+        compiled = on_mesh(jax.jit(function))
+        return lambda params, batch: compiled(params, put_batch(batch))
 
     return Launcher(
-        step=jax.jit(step, donate_argnums=0, out_shardings=(places, None)),
+        step=on_mesh(step),
         put_state=lambda state: jax.device_put(state, places),
         put_batch=put_batch,
         host_state=lambda state: state,
+        make_state=functools.partial(jax.jit, out_shardings=places),
+        make_eval=make_eval,
+        lower=on_mesh(step.lower),
+        n_parts=n_parts,
     )
 
 
@@ -121,9 +172,16 @@ def pmap_step(step: Callable, devices: list | None = None) -> Launcher:
         return jax.tree.map(lambda leaf: leaf.addressable_data(0)[0], tree)
 
     spread = jax.jit(copies, out_shardings=NamedSharding(mesh, P(AXIS)))
+    mapped: Any = jax.pmap(step, AXIS, out_axes=(0, None), devices=devices, donate_argnums=0)
+
+    def put_state(state: Any) -> Any:
+        return spread(jax.device_put(state, NamedSharding(mesh, P())))
+
+    def make_state(function: Callable, **how: Any) -> Callable:
+        compiled = jax.jit(function, **how)
+        return lambda *args: put_state(compiled(*args))
+
     return Launcher(
-        step=jax.pmap(step, AXIS, out_axes=(0, None), devices=devices, donate_argnums=0),
-        put_state=lambda state: spread(jax.device_put(state, NamedSharding(mesh, P()))),
-        put_batch=put_batch,
-        host_state=first,
-    )
+        step=mapped, put_state=put_state, put_batch=put_batch, host_state=first, make_state=make_state,
+        make_eval=jax.jit, lower=mapped.lower, n_parts=n,
+    )  # fmt: skip

@@ -131,7 +131,9 @@ class MeshConfig:
 
     data: int | None = None  # copies of the model, each on its part of the batch
     fsdp: int | None = None  # also parts of the batch, with parameters split among them
-    tensor: int | None = None  # parts of each matrix
+    expert: int | None = None  # also parts of the batch, with the experts of a mixture split among them
+    sequence: int | None = None  # parts of each sequence, for contexts that do not fit one device
+    tensor: int | None = None  # parts of each matrix, and of the heads
 
     def __post_init__(self) -> None:
         check(self)

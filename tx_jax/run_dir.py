@@ -53,12 +53,17 @@ def claim_run_dir(run_dir: RunDir, cfg: RunConfig) -> None:
     require(path.is_dir() or not path.exists(), f"run_dir='{run_dir}' is a file; {another}")
     if path.is_dir() and any(entry.name != UNFINISHED_CONFIG for entry in path.iterdir()):
         require((path / "config.json").exists(), f"run_dir='{run_dir}' holds files but no config.json; {another}")
-        old, new = (_fields(dataclasses.asdict(config)) for config in (read_config(run_dir), cfg))
+        old, new = fields_of(read_config(run_dir)), fields_of(cfg)
         names = [name for name in sorted(new) if not FREE.fullmatch(name) and old[name] != new[name]]
         says = ", ".join(f"{name}={old[name]!r}, not {new[name]!r}" for name in names[:3])
         more = f", and {len(names) - 3} more" if len(names) > 3 else ""
         require(not names, f"run_dir='{run_dir}' holds a run with {says}{more}; {another}, or its values")
     write_config(run_dir, cfg)
+
+
+def fields_of(cfg: RunConfig) -> dict[str, Any]:
+    """Its fields and those of the configs within it, by their dotted names."""
+    return _fields(dataclasses.asdict(cfg))
 
 
 def _fields(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

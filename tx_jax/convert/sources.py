@@ -4,6 +4,7 @@ What can be opened is a table of kinds, each with a test, a reader of the model 
 """
 
 import difflib
+import functools
 import importlib
 import os
 import re
@@ -26,7 +27,7 @@ from tx_jax.data.vocabulary_files import FILES, AnyTokenizer, find_tokenizer
 from tx_jax.errors import InputError, require
 from tx_jax.lora import as_adapters, merge_lora
 from tx_jax.models import build, init_params
-from tx_jax.parallel import shardings
+from tx_jax.parallel import placed
 from tx_jax.run_dir import read_config
 
 HUB = re.compile(r"hf://(?P<repo_id>[^/@\s]+/[^/@\s]+?)(@(?P<revision>\S+))?")
@@ -145,23 +146,17 @@ def _open_run(path: Path, step: int | None) -> Source:
     step_dir(path, step)  # is there
 
     def load(dtype: str | None, mesh: Mesh | None) -> dict:
+        place = (lambda shapes: shapes) if mesh is None else functools.partial(placed, mesh=mesh)
         shapes = jax.eval_shape(lambda key: init_params(build(cfg), key), jax.random.key(0))
         if lora.rank:
             adapters = as_adapters(stored_params(path, step))  # lora.targets, an expression of anyone's, is not run
-            base = restore_base(path, _placed(shapes, mesh))
-            params = merge_lora(base, restore_params(path, _placed(adapters, mesh), step, **mean), lora.alpha)
+            base = restore_base(path, place(shapes))
+            params = merge_lora(base, restore_params(path, place(adapters), step, **mean), lora.alpha)
         else:
-            params = restore_params(path, _placed(shapes, mesh), step, **mean)
+            params = restore_params(path, place(shapes), step, **mean)
         return params if dtype is None else jax.tree.map(lambda leaf: leaf.astype(DTYPES[dtype]), params)
 
     return Source(cfg, {}, None, load)
-
-
-def _placed(shapes: Any, mesh: Mesh | None) -> Any:
-    """The shapes, with where each leaf is to lie."""
-    if mesh is None:
-        return shapes
-    return jax.tree.map(lambda leaf, at: leaf.update(sharding=at), shapes, shardings(shapes, mesh))
 
 
 def _run_tokenizer(path: Path) -> AnyTokenizer | None:

@@ -19,6 +19,7 @@ from tx_jax.modules.mlp import MLP
 from tx_jax.modules.norms import make_norm
 from tx_jax.modules.positions import SCHEMES
 from tx_jax.ops.masks import Mask
+from tx_jax.ops.spread import spread
 
 
 class Block(nn.Module):
@@ -57,7 +58,7 @@ class Block(nn.Module):
             norm = getattr(self, f"{name}_norm")
             y, cache = sublayer(read if order == "post" else norm(read))
             y = getattr(self, f"{name}_out_norm")(y) if order == "sandwich" else y
-            x = x + self.dropout(y, deterministic=deterministic)
+            x = spread(x) + self.dropout(y, deterministic=deterministic)
             return (norm(x) if order == "post" else x), cache
 
         x, cache = residual("attention", x, x, lambda h: self.attention(h, plan, cache, deterministic))
@@ -149,7 +150,7 @@ class Stack(nn.Module):
 
         x = self.positions.add(x, index)
         x = self.first_norm(x) if cfg.norm_embeddings else x
-        x = self.dropout(x, deterministic=deterministic)
+        x = spread(self.dropout(x, deterministic=deterministic))
         if scanned := self._scanned():
             require(cache is None, "parameters are stacked for training, and a cache is not; use unstack_layers")
             x = self._scan(scanned, x, plans, memory, cross_plan, deterministic)
@@ -165,6 +166,7 @@ class Stack(nn.Module):
             plan = plans[cfg.window_pattern[i % len(cfg.window_pattern)]]
             x, layer = call(self.blocks[i], x, plan, layer, source, cross_plan)
             layers.append(layer)
+        x = spread(x)
         x = self.last_norm(x) if cfg.norm_order != "post" else x
         return x, None if cache is None else cache._replace(layers=tuple(layers), positions=k_positions)
 

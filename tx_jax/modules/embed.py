@@ -12,6 +12,7 @@ from tx_jax.errors import require
 from tx_jax.modules.linear import TABLE_INITS, Linear, product
 from tx_jax.modules.mlp import ACTIVATIONS
 from tx_jax.modules.norms import make_norm
+from tx_jax.ops.spread import gathered
 
 
 class Embed(nn.Module):
@@ -28,7 +29,7 @@ class Embed(nn.Module):
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """The vectors of tokens, × √D if cfg.scale_embeddings. Ids must be in [0, V)."""
         scale = self.cfg.d_model**0.5 if self.cfg.scale_embeddings else 1.0
-        rows = jax.tree.map(lambda leaf: leaf[tokens], self.table)  # before the cast: of those alone
+        rows = jax.tree.map(lambda leaf: gathered(leaf)[tokens], self.table)  # before the cast: of those alone
         return rows.astype(self.cfg.dtype) * jnp.asarray(scale, self.cfg.dtype)
 
     def logits(self, x: Float[Array, "*b D"]) -> Float[Array, "*b V"]:

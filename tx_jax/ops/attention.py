@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from tx_jax.errors import require
 from tx_jax.ops.int8 import Int8
 from tx_jax.ops.masks import Mask
+from tx_jax.ops.spread import over_sequence
 
 
 def attention(
@@ -77,7 +78,7 @@ def laid_attention(
     require(impl in BODIES, f"impl={impl!r} is not one of auto, {', '.join(BODIES)}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     rate = 0.0 if dropout_key is None else dropout_rate
-    return BODIES[impl](q, k, v, mask, bias, dropout_key, scale, soft_cap, rate)
+    return over_sequence(BODIES[impl], q, k, v, mask, bias, dropout_key, scale, soft_cap, rate)
 
 
 AUTO = {  # by whether queries are beside earlier keys on a CPU, and whether they are many

@@ -22,9 +22,10 @@ from tx_jax.data.vocabulary_files import find_tokenizer
 from tx_jax.errors import require
 from tx_jax.inspect import plot_metrics
 from tx_jax.models import Model, build
-from tx_jax.parallel import AXIS, Launcher, jit_step, make_mesh, pmap_step
+from tx_jax.parallel import AXIS, Launcher, check_batch, check_mesh, jit_step, make_mesh, placed, pmap_step
+from tx_jax.processes import any_says, check_same, first_says, gathered, is_first
 from tx_jax.run_config import MeshConfig, RunConfig
-from tx_jax.run_dir import claim_run_dir
+from tx_jax.run_dir import claim_run_dir, fields_of
 from tx_jax.stacked import stack_layers, unstack_layers
 from tx_jax.training.optim import make_optimizer, make_schedule
 from tx_jax.training.report import Report
@@ -45,6 +46,7 @@ def fit(cfg: RunConfig) -> TrainState:
 
 def _fit(cfg: RunConfig, stop: threading.Event) -> TrainState:
     run_dir = Path(cfg.run_dir)
+    check_same(fields_of(cfg))
     task = open_task(cfg)
     cfg, train = task.cfg, task.cfg.train
     model = build(cfg.model, train.remat)
@@ -54,24 +56,29 @@ def _fit(cfg: RunConfig, stop: threading.Event) -> TrainState:
     state = jax.eval_shape(start, jax.random.key(0))
     n_trained = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     mesh = choose_mesh(cfg.mesh)
+    if mesh is not None:
+        check_mesh(mesh, cfg.model)
     launch = make_launcher(cfg, model, optimizer, jax.eval_shape(stack, state), mesh)
-    launch.put_batch(task.held_out[0])  # refuses a batch that the devices cannot share, before anything is written
-    evaluate = jax.jit(make_eval_step(model))
+    check_batch(cfg.data.batch_size, launch.n_parts, train.accumulate_steps)
+    launch.put_batch(task.held_out[0])  # refuses what else the devices cannot share, before anything is written
+    evaluate = launch.make_eval(make_eval_step(model))
     assemble = make_assemble(cfg.lora)
 
     def whole(state: TrainState) -> dict:
         return assemble(*unstack(launch.host_state((state.ema if train.ema_rate else state.params, state.frozen))))
 
-    step = claim(run_dir, cfg, task.tokenizer)
+    step = first_says(lambda: claim(run_dir, cfg, task.tokenizer))
     if step:
-        state, data = resume(run_dir, state)
+        state, data = resume(run_dir, state if mesh is None else placed(state, mesh))
         check_text(run_dir, data["text_sha256"], task.sha256)
         task.batches.set_state(data["batches"])
+        state = launch.make_state(stack)(state)
     else:
         params = None if task.load is None else task.load(mesh)
-        state = jax.jit(start, donate_argnums=1)(jax.random.key(train.seed), params)
-        checkpoint.save_base(run_dir, state.frozen)
-    state = launch.put_state(stack(state))
+        begin = lambda params, key: stack(start(key, params))  # noqa: E731
+        begin = launch.make_state(begin, donate_argnums=() if train.scan_layers else 0)
+        state = begin(params, jax.random.key(train.seed))
+        checkpoint.save_base(run_dir, launch.host_state(state.frozen))
 
     with Report(cfg, step, n_trained) as report:
         with checkpoint.saver(run_dir, train.keep) as save:
@@ -81,25 +88,29 @@ def _fit(cfg: RunConfig, stop: threading.Event) -> TrainState:
                 report.trace(step + 1)
                 state, metrics = launch.step(state, launch.put_batch(batch))
                 step += 1
-                last = step == train.n_steps or stop.is_set()  # asked once a step: the last step is always saved
-                if due(step, train.log_every) or step == report.first or last:
+                logs = due(step, train.log_every) or step == report.first
+                asks = jax.process_count() == 1 or logs  # once a step or, of all processes, where they wait anyway
+                last = step == train.n_steps or (asks and any_says(stop.is_set()))  # the last step is always saved
+                if logs or last:
                     report.training(step, metrics, float(schedule(step - 1)))
                 if due(step, train.eval_every, train.n_steps):
                     with report.pause(metrics):
                         params = whole(state)
                         loss = mean_loss(evaluate, params, task.held_out)
-                        report.validation(step, {"valid_loss": loss} | task.score(model, params))
+                        report.validation(step, {"valid_loss": loss} | task.score(model, gathered(params)))
                 if due(step, train.sample_every, train.n_steps):
                     with report.pause(metrics):
                         key = jax.random.fold_in(jax.random.key(train.seed), step)
-                        report.sample(step, task.sample(model, whole(state), key))
+                        report.sample(step, task.sample(model, gathered(whole(state)), key))
                 if due(step, train.save_every) or last:
                     with report.pause(metrics):
                         data = {"batches": task.batches.get_state(), "text_sha256": task.sha256}
                         save(step, unstack(launch.host_state(state.moving)), data)
-                        plot_metrics(run_dir)
+                        if is_first():
+                            plot_metrics(run_dir)
         if step == train.n_steps and task.test is not None and not report.tested:
-            report.test(step, task.test(model, load_pretrained(run_dir, mesh=mesh).params))  # as sample.py loads them
+            params = gathered(load_pretrained(run_dir, mesh=mesh).params)  # as sample.py loads them
+            report.test(step, task.test(model, params))
         report.end(step, stopped=step < train.n_steps)
     return unstack(launch.host_state(state))
 
@@ -108,8 +119,7 @@ def make_layouts(cfg: RunConfig) -> tuple[Callable, Callable]:
     """State to state: with the layers as the step has them, and as checkpoints and everything else do."""
     if not cfg.train.scan_layers:
         return lambda state: state, lambda state: state
-    stack = functools.partial(stack_layers, period=len(cfg.model.window_pattern))
-    return jax.jit(stack, donate_argnums=0), jax.jit(unstack_layers)
+    return functools.partial(stack_layers, period=len(cfg.model.window_pattern)), jax.jit(unstack_layers)
 
 
 def claim(run_dir: Path, cfg: RunConfig, tokenizer: AnyTokenizer) -> int:
@@ -175,8 +185,9 @@ def make_launcher(cfg: RunConfig, model: Model, optimizer, state: TrainState, me
 
 def mean_loss(evaluate, params: dict, batches: Sequence[Examples]) -> float:
     """Nats per token over all batches."""
-    sums = [evaluate(params, batch) for batch in batches]
-    total, count = np.sum(jax.device_get(sums), axis=0)
+    # One at a time: on CPU, programs of many devices that run at once can wait for each other for ever.
+    sums = [jax.device_get(evaluate(params, batch)) for batch in batches]
+    total, count = np.sum(sums, axis=0)
     return float(total / count)
 
 

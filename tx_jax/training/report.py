@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import resource
 import sys
 import time
@@ -15,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from tx_jax.complexity import make_train_flops
 from tx_jax.models import count_params
+from tx_jax.processes import is_first
 from tx_jax.run_config import RunConfig
 from tx_jax.training.peaks import peak_flops
 from tx_jax.training.step import Metrics
@@ -30,7 +32,10 @@ class Report:
         self.run_dir = Path(cfg.run_dir)
         self.flops_of, self.peak = make_train_flops(cfg.model, adapters=cfg.lora.rank > 0), peak_flops()
         self.n_tokens, self.flops, self.waited = 0, 0.0, 0.0  # since the last report
-        self.console = Console(highlight=False, soft_wrap=True, force_jupyter=False)  # plain lines in a notebook
+        self.quiet = not is_first()  # that process speaks for all
+        self.console = Console(
+            quiet=self.quiet, highlight=False, soft_wrap=True, force_jupyter=False
+        )  # plain lines in a notebook
         columns = (
             "step",
             MofNCompleteColumn(),
@@ -43,8 +48,8 @@ class Report:
         self.bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
         self.task = self.bar.add_task("compiling …", total=cfg.train.n_steps, completed=step)
         self.tracing: int | None = None  # the first step of a trace that is being taken
-        metrics = _cut(self.run_dir / "metrics.jsonl", step)
-        self.tested = metrics.exists() and '"test_' in metrics.read_text(encoding="utf-8")  # by a run before this one
+        metrics = Path(os.devnull) if self.quiet else _cut(self.run_dir / "metrics.jsonl", step)
+        self.tested = metrics.is_file() and '"test_' in metrics.read_text(encoding="utf-8")  # by a run before this one
         self.metrics = metrics.open("a", encoding="utf-8")
         self.since, self.done = time.perf_counter(), step  # of the speed being measured
 
@@ -136,7 +141,8 @@ class Report:
 
     def sample(self, step: int, text: str) -> None:
         """A text that the model wrote."""
-        with (self.run_dir / "samples.txt").open("a", encoding="utf-8") as file:
+        samples = Path(os.devnull) if self.quiet else self.run_dir / "samples.txt"
+        with samples.open("a", encoding="utf-8") as file:
             file.write(f"=== step {step}\n{text}\n\n")
         self.line(f"step {step:>5}  sample\n" + "\n".join(f"    {row}" for row in text.strip().splitlines()))
 

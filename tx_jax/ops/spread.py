@@ -1,0 +1,83 @@
+"""How activations lie on a mesh, where the program is compiled for one: as the batch does that they came from.
+
+XLA would decide by itself, and may then copy what it could have left where it was. Without a mesh nothing is said.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array
+
+from tx_jax.ops.masks import Mask
+
+ROWS, TOKENS, HEADS = ("data", "fsdp", "expert"), "sequence", "tensor"  # axes of a mesh
+
+
+def spread(x: Array) -> Array:
+    """x (B, T, …), said to be split by rows and by tokens, and whole in the rest."""
+    spec = layout(x.shape, ROWS, TOKENS)
+    return x if spec is None else jax.lax.with_sharding_constraint(x, spec)
+
+
+def gathered(table: Array) -> Array:
+    """A table (V, D), said to be split by V alone: its rows are read whole, from wherever they are kept."""
+    spec = layout(table.shape, HEADS)
+    return table if spec is None else jax.lax.with_sharding_constraint(table, spec)
+
+
+def over_sequence(body: Callable, q: Array, k: Any, v: Any, mask: Mask, bias: Any, key: Any, *rest: Any) -> Array:
+    """body(q, k, v, …) of `attention`, each device with its own queries of a sequence that the mesh splits.
+
+    Keys and values come from all devices (all-gather), which is less to hold and to send than scores would be; nothing
+    but them is as long as the whole. What XLA would split by itself, it would first put together.
+    """
+    n = jax.sharding.get_abstract_mesh().shape.get(TOKENS, 1)
+    if n == 1 or q.shape[1] % n:
+        return body(q, k, v, mask, bias, key, *rest)
+    split = layout(v.shape, None, HEADS)
+    heads = HEADS if split and split[1] else None  # of keys, and then of their queries
+    q_positions = jnp.arange(q.shape[1])[None] if mask.q_positions is None else mask.q_positions
+    fields = {
+        "q_positions": (q_positions, ROWS, TOKENS),
+        "k_positions": (mask.k_positions, ROWS),
+        "q_segments": (mask.q_segments, ROWS, TOKENS),
+        "k_segments": (mask.k_segments, ROWS),
+        "prefix": (mask.prefix, ROWS),
+    }
+    parts = [(q, ROWS, TOKENS, heads), (k, ROWS, heads), (v, ROWS, heads), (bias, ROWS, heads, TOKENS), (key,)]
+    arrays, specs = zip(
+        *(
+            (x, jax.tree.map(lambda leaf, axes=axes: layout(leaf.shape, *axes), x))
+            for x, *axes in (*parts, *fields.values())
+        ),
+        strict=True,
+    )
+
+    def on_one(q: Array, k: Any, v: Any, bias: Any, key: Any, *described: Any) -> Array:
+        if key is not None:
+            for axis in (*ROWS, TOKENS, HEADS):
+                key = jax.random.fold_in(key, jax.lax.axis_index(axis))
+        here = dataclasses.replace(mask, **dict(zip(fields, described, strict=True)))
+        return body(q, k, v, here, bias, key, *rest)
+
+    return jax.shard_map(on_one, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)
+
+
+def layout(shape: tuple[int, ...], *names: str | tuple[str, ...] | None) -> PartitionSpec | None:
+    """Each dimension split by its axes of the mesh, those that do not divide it left out; None: there is no mesh."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    if not sizes:
+        return None
+
+    def fitting(size: int, name: str | tuple[str, ...] | None) -> tuple[str, ...]:
+        axes, n = [], 1
+        for axis in (name,) if isinstance(name, str) else name or ():
+            if axis in sizes and size % (n * sizes[axis]) == 0:
+                axes, n = [*axes, axis], n * sizes[axis]
+        return tuple(axes)
+
+    return PartitionSpec(*(fitting(size, name) for size, name in zip(shape, names, strict=False)))
