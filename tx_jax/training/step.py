@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from tx_jax.models import Model, init_params
 from tx_jax.training.losses import cross_entropy
+from tx_jax.training.optim import mean_params
 
 
 @runtime_checkable  # for the shape checks under pytest
@@ -45,7 +46,7 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
     key: PRNGKeyArray
     frozen: Any = ()  # what is not: the parameters that adapters are beside
-    ema: Any = ()  # a mean of params over the steps so far, the last ones counting most; (): none is kept
+    ema: Any = ()  # a mean of params over the steps so far, which is what to evaluate; (): none is kept
 
     @property
     def moving(self) -> Moving:
@@ -68,7 +69,7 @@ def init_state(
     *,
     ema: bool = False,
 ) -> TrainState:
-    """The state before the first step, with these parameters or fresh ones; `ema`: for a step with an ema_rate."""
+    """The state before the first step, with these parameters or fresh ones; `ema`: of a run that keeps a mean."""
     init_key, key = jax.random.split(key)
     params = init_params(model, init_key) if params is None else params
     mean = jax.tree.map(jnp.copy, params) if ema else ()  # buffers of its own: a launcher gives both up
@@ -88,7 +89,8 @@ def make_train_step(
 
     Args:
         ema_rate: the share of the mean so far in state.ema (`init_state(…, ema=True)`); less in the first steps, so
-            that those do not weigh for long: (1 + step) / (10 + step) at most, as in TensorFlow. 0: no mean is kept.
+            that those do not weigh for long: (1 + step) / (10 + step) at most, as in TensorFlow. 0: the mean is that
+            of a schedule-free optimiser, or none is kept.
         axis_name: that of a `pmap`, if it runs inside one.
         assemble: (state.params, state.frozen) → the model's parameters, such as adapters with what they adapt.
     """
@@ -111,7 +113,11 @@ def make_train_step(
         params: Any = optax.apply_updates(state.params, updates)
         metrics = Metrics(total / divisor, optax.tree.norm(grads), count)
         share = jnp.minimum(ema_rate, (1 + state.step) / (10 + state.step))
-        mean = jax.tree.map(lambda old, new: share * old + (1 - share) * new, state.ema, params) if ema_rate else ()
+        mean = state.ema
+        if ema_rate:
+            mean = jax.tree.map(lambda old, new: share * old + (1 - share) * new, mean, params)
+        elif jax.tree.leaves(mean):
+            mean = mean_params(opt_state, params)
         return state._replace(step=state.step + 1, params=params, opt_state=opt_state, ema=mean), metrics
 
     return step
