@@ -196,6 +196,10 @@ class RunConfig:
         given_mean = next((name for name, value in means.items() if value), None) if self.is_free else None
         rule = f"{given_mean} and optim.name='schedule-free' are two means"
         require(given_mean is None, f"{rule}; leave {given_mean} out")
+        name, base = self.optim.name, self.model.mup_base_width
+        fits = base is None or name in ("adamw", "lion", "schedule-free")
+        rule = f"model.mup_base_width={base} has learning rates of adamw, lion and schedule-free"
+        require(fits, f"{rule}, not of optim.name={name!r}; use one of them")
         objective = self.data.objective
         goes_on, pairs = STACKS[objective] == "decoder", objective == "translate"
         for part, name in (() if pairs else OF_PAIRS) + (() if goes_on else OF_SAMPLES):

@@ -47,7 +47,8 @@ def _fit(cfg: RunConfig, stop: threading.Event) -> TrainState:
     task = open_task(cfg)
     cfg, train = task.cfg, task.cfg.train
     model = build(cfg.model)
-    optimizer, schedule = make_optimizer(cfg.optim, train.n_steps), make_schedule(cfg.optim, train.n_steps)
+    optimizer = make_optimizer(cfg.optim, train.n_steps, cfg.model.width_ratio)
+    schedule = make_schedule(cfg.optim, train.n_steps)
     start = functools.partial(first_state, cfg.lora, model, optimizer, ema=cfg.keeps_mean)
     state = jax.eval_shape(start, jax.random.key(0))
     n_trained = sum(leaf.size for leaf in jax.tree.leaves(state.params))

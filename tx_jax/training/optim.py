@@ -146,17 +146,28 @@ BLOCK = re.compile(r"(.*/|^)blocks(?:_(\d+))?/")
 FIRST = re.compile(r"(^|/)(table|types)$|(^|/)first_norm/")  # what is before all blocks
 
 
-def scale_by_layer(decay: float) -> optax.GradientTransformation:
-    """Updates × `layer_rates`: a learning rate for each layer."""
-    return optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, layer_rates(updates, decay)))
+def width_rates(params: optax.Params, ratio: float) -> Any:
+    """A factor for each leaf: muP's 1 / ratio for the maps from width to width. Source: Yang et al. 2022, table 8."""
+    return jax.tree.map(lambda hidden: 1 / ratio if hidden else 1.0, is_hidden(params))
 
 
-def make_optimizer(cfg: OptimConfig, n_steps: int) -> optax.GradientTransformation:
-    """Clipping by global norm, then the optimiser that cfg.name says, in a run of n_steps."""
+def scale_by(rates: Callable[[Any], Any]) -> optax.GradientTransformation:
+    """Updates × a tree of factors made of them: a learning rate for each parameter."""
+    return optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, rates(updates)))
+
+
+def make_optimizer(cfg: OptimConfig, n_steps: int, width_ratio: float = 1.0) -> optax.GradientTransformation:
+    """Clipping by global norm, then the optimiser that cfg.name says, in a run of n_steps.
+
+    Args:
+        width_ratio: that of a ModelConfig with muP.
+    """
     rate = make_schedule(cfg, n_steps)
     parts = [OPTIMIZERS[cfg.name](cfg, rate)]
     if cfg.layer_lr_decay != 1:
-        parts += [scale_by_layer(cfg.layer_lr_decay)]
+        parts += [scale_by(lambda updates: layer_rates(updates, cfg.layer_lr_decay))]
+    if width_ratio != 1:
+        parts += [scale_by(lambda updates: width_rates(updates, width_ratio))]
     if cfg.name == "schedule-free":  # around all that makes an update: the mean is of what was really done
         parts = [optax.contrib.schedule_free(chain(parts), rate, cfg.beta1)]
     return chain(parts if cfg.clip_norm is None else [optax.clip_by_global_norm(cfg.clip_norm), *parts])
