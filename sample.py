@@ -27,6 +27,7 @@ from tx_jax.data.subwords import Subwords
 from tx_jax.decoding.prompts import prepare
 from tx_jax.decoding.samplers import OF_DRAWS, check_sampler
 from tx_jax.errors import InputError, require
+from tx_jax.evaluation import bits_per_byte, n_bytes
 from tx_jax.inspect import check_picture, plot_translation
 from tx_jax.run_dir import read_config
 from tx_jax.writing import Writer, complete, converse, encode, messages, read_lines, read_prompt, say, show, tokens_of
@@ -231,7 +232,13 @@ def print_perplexity(given: str, path: Path, source: Source) -> None:
     ids = tokenizer.encode(text)
     require(len(ids) > 1, f"perplexity={given!r:.40} has {len(ids)} tokens; give a text of at least two")
     found = tx.perplexity(model, source.load("float32", None), ids)
-    print(f"perplexity {found.perplexity:.4f} of {found.n_tokens:,} tokens, {found.nats_per_token:.4f} nats each")
+    bits = bits_per_byte(
+        found.nats_per_token * found.n_tokens, max(n_bytes(tokenizer, ids[1:]), 1)
+    )  # the first is given
+    print(
+        f"perplexity {found.perplexity:.4f} of {found.n_tokens:,} tokens, {found.nats_per_token:.4f} nats each, "
+        f"{bits:.4f} bits per byte"
+    )
 
 
 def translate_lines(args: Args, path: Path, opened: Source) -> None:

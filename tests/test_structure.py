@@ -29,7 +29,7 @@ RANKS = {  # of every module of the package
     "decoding.stream": 8, "decoding.scoring": 8, "decoding.speculative": 8, "decoding.engine": 8,
     "decoding.session": 9,
     "complexity": 6, "training.peaks": 0, "training.report": 7,
-    "sentences": 7, "translate": 9, "inspect": 10,
+    "evaluation": 11, "sentences": 7, "translate": 9, "inspect": 10,
     "convert.layouts": 0, "convert.gguf": 1, "convert.fields": 1, "convert.mapping": 6, "convert.family": 7,
     "convert.decoders": 8, "convert.encoders": 8, "convert.gguf_models": 8, "convert.pretrained": 9,
     "convert.sources": 10, "convert.__main__": 11, "training.start": 11, "writing": 11,

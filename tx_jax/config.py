@@ -104,6 +104,9 @@ class ModelConfig:
     dropout_rate: float = 0.0  # of embeddings and of each sub-layer's output
     attention_dropout_rate: float = 0.0  # of attention weights
     init: Init = "normal"  # normal: N(0, 0.02), residual outputs ÷ √(2L) (GPT-2); xavier (2017)
+    mup_base_width: int | None = (
+        None  # muP: d_model at which the learning rate was found; None: no muP (Yang et al. 2022)
+    )
     dtype: DType = "float32"  # of computation; parameters that are trained are float32
 
     @property
@@ -130,6 +133,17 @@ class ModelConfig:
     def reach(self) -> int | None:
         """Tokens that the farthest-seeing layer sees; None: all."""
         return None if self.window is None or "f" in self.window_pattern else self.window + self.n_sinks
+
+    @property
+    def width_ratio(self) -> float:
+        """How many times wider than its base this model is: what muP scales by; 1 without muP."""
+        return self.d_model / (self.mup_base_width or self.d_model)
+
+    @property
+    def score_scale(self) -> float:
+        """What scores are multiplied by: 1/√H, or muP's 8/H (Yang et al. 2022, table 8), the same at heads of 64."""
+        standard = self.H**-0.5 if self.mup_base_width is None else 8 / self.H
+        return standard if self.attention_scale is None else self.attention_scale
 
     def __post_init__(self) -> None:
         check(self)
@@ -163,6 +177,11 @@ class ModelConfig:
         require(self.position_offset >= 0, f"position_offset={self.position_offset} must not be negative")
         parallel = not self.parallel or self.norm_order == "pre"
         require(parallel, f"parallel=True needs norm_order='pre', not {self.norm_order!r}")
+        base = self.mup_base_width
+        require(base is None or base >= 1, f"mup_base_width={base} must be at least 1, or None for no muP")
+        plain = self.init == "normal" and not (self.scale_embeddings or self.scale_head)
+        rule = f"mup_base_width={base} has scales of its own"
+        require(base is None or plain, f"{rule}; use init='normal', without scale_embeddings and scale_head")
         both = self.stack == "encoder_decoder"
         require(
             both or self.n_encoder_layers is None, f"n_encoder_layers needs stack='encoder_decoder', not {self.stack!r}"

@@ -79,7 +79,7 @@ def cross_attention(
     def weights(i: int) -> Array:
         (q,) = found["intermediates"]["decoder"][f"blocks_{i}"]["cross_attention"][name]["__call__"]
         q, k = q.reshape(*tokens.shape, cfg.n_heads, cfg.H), memory.layers[i].k
-        return laid_attention(q, k, one_hot, mask, scale=cfg.attention_scale, soft_cap=cfg.attention_soft_cap)
+        return laid_attention(q, k, one_hot, mask, scale=cfg.score_scale, soft_cap=cfg.attention_soft_cap)
 
     return jnp.stack([weights(i) for i in range(cfg.n_layers)]).swapaxes(2, 3)
 

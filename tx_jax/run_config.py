@@ -6,10 +6,11 @@ Like a ModelConfig it is data that checks itself; a run directory keeps it as co
 import dataclasses
 from typing import Literal
 
-from tx_jax.config import ModelConfig
+from tx_jax.config import DType, ModelConfig
 from tx_jax.config_checks import check, divisors
 from tx_jax.errors import require
 
+OptimizerName = Literal["adamw", "lion", "adafactor", "muon", "schedule-free"]
 Schedule = Literal["constant", "cosine", "noam", "wsd"]
 TokenizerKind = Literal["char", "byte", "bpe"]
 Corpus = Literal["tiny_shakespeare", "tatoeba_en_es", "number_words"]
@@ -59,16 +60,19 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW with clipping, and a learning rate that changes with the step."""
+    """An optimiser with clipping, and a learning rate that changes with the step."""
 
+    name: OptimizerName = "adamw"  # adamw | lion | adafactor | muon (of matrices, AdamW of the rest) | schedule-free
     schedule: Schedule = "cosine"  # constant | cosine | noam | wsd, each after a linear warm-up
-    peak_lr: float = 1e-3  # the highest learning rate
+    peak_lr: float = 1e-3  # the highest learning rate; adafactor: in parts of a parameter's own size (usual: 1e-2)
     end_lr: float = 1e-4  # where cosine and wsd end
     warmup_steps: int = 100  # optimiser steps from 0 to peak_lr
     decay_steps: int | None = None  # wsd: length of the final decay; None: a fifth of the run
-    beta1: float = 0.9
-    beta2: float = 0.99
-    eps: float = 1e-8
+    layer_lr_decay: float = 1.0  # of the learning rate, for each block that is farther from the head; 1: none
+    beta1: float = 0.9  # adamw, lion: of the first moment; schedule-free: the mean's share of where gradients are taken
+    beta2: float = 0.99  # of the second moment; lion: of the momentum
+    eps: float = 1e-8  # adamw, muon's rest, schedule-free
+    moment_dtype: DType = "float32"  # of the first moment: bfloat16 halves it (adamw, lion, muon)
     weight_decay: float = 0.1  # of matrices only: not of biases and norms
     clip_norm: float | None = 1.0  # of the global gradient; None: no clipping
 
@@ -80,6 +84,14 @@ class OptimConfig:
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             require(0 <= value < 1, f"{name}={value} must be in [0, 1)")
+        decay, free = self.layer_lr_decay, self.name == "schedule-free"
+        require(0 < decay <= 1, f"layer_lr_decay={decay} must be above 0 and at most 1, which is none; 0.9 is usual")
+        rule = f"moment_dtype={self.moment_dtype!r} has no effect with name={self.name!r}, which keeps no first moment"
+        kept = self.name not in ("adafactor", "schedule-free")
+        require(kept or self.moment_dtype == "float32", f"{rule}; leave it out")
+        rule = f"schedule={self.schedule!r} does not go with name='schedule-free'"
+        require(not free or self.schedule == "constant", f"{rule}; give --optim.schedule constant")
+        require(not free or self.beta1 > 0, "beta1=0 is no mean for name='schedule-free'; 0.9 is usual")
         require(self.eps > 0, f"eps={self.eps} must be positive; Adam's usual value is 1e-8")
         require(self.weight_decay >= 0, f"weight_decay={self.weight_decay} must not be negative")
         clip = self.clip_norm
@@ -174,6 +186,16 @@ class RunConfig:
     lora: LoraConfig = LoraConfig()
     profile: bool = False  # write a trace of five steps to run_dir/profile
 
+    @property
+    def is_free(self) -> bool:
+        """Whether the optimiser keeps a mean of the parameters itself."""
+        return self.optim.name == "schedule-free"
+
+    @property
+    def keeps_mean(self) -> bool:
+        """Whether what is evaluated and sampled is a mean of the parameters, which a state keeps as its `ema`."""
+        return self.train.ema_rate > 0 or self.is_free
+
     def __post_init__(self) -> None:
         check(self)
         long, room, given = self.data.seq_len, self.model.max_len, self.init is not None  # then the model is init's
@@ -185,6 +207,14 @@ class RunConfig:
         rows, parts = self.data.batch_size, self.train.accumulate_steps
         rule = f"data.batch_size={rows} must be a multiple of train.accumulate_steps={parts}"
         require(rows % parts == 0, f"{rule}; use {divisors(rows)} of them")
+        means = {"train.ema_rate": self.train.ema_rate, "train.n_averaged": self.train.n_averaged - 1}
+        given_mean = next((name for name, value in means.items() if value), None) if self.is_free else None
+        rule = f"{given_mean} and optim.name='schedule-free' are two means"
+        require(given_mean is None, f"{rule}; leave {given_mean} out")
+        name, base = self.optim.name, self.model.mup_base_width
+        fits = base is None or name in ("adamw", "lion", "schedule-free")
+        rule = f"model.mup_base_width={base} has learning rates of adamw, lion and schedule-free"
+        require(fits, f"{rule}, not of optim.name={name!r}; use one of them")
         objective = self.data.objective
         goes_on, pairs = STACKS[objective] == "decoder", objective == "translate"
         for part, name in (() if pairs else OF_PAIRS) + (() if goes_on else OF_SAMPLES):

@@ -1,5 +1,6 @@
 """What sample.py writes."""
 
+import numpy as np
 import pytest
 
 import tx_jax as tx
@@ -93,7 +94,9 @@ def test_perplexity_is_that_of_the_text(run, sample, capsys, text):
     (text.parent / "part.txt").write_text(tx.load_tokenizer(run).decode(ids))
     sample([str(run), "--perplexity", f"@{text.parent / 'part.txt'}"])
     found = tx.perplexity(tx.build(model.cfg), model.params, ids)
-    says = f"perplexity {found.perplexity:.4f} of 299 tokens, {found.nats_per_token:.4f} nats each\n"
+    bits = found.nats_per_token * 299 / np.log(2) / len(tx.load_tokenizer(run).decode(ids[1:]).encode())
+    says = f"perplexity {found.perplexity:.4f} of 299 tokens, {found.nats_per_token:.4f} nats each, "
+    says += f"{bits:.4f} bits per byte\n"
     assert capsys.readouterr().out == says
     assert 1 < found.perplexity < 15
 

@@ -48,7 +48,7 @@ def query_scalar(default: int) -> Field:
     """Scores × 1/√query_pre_attn_scalar."""
 
     def write(cfg: ModelConfig) -> dict[str, Any]:
-        scalar = round((cfg.attention_scale or cfg.H**-0.5) ** -2, 6)
+        scalar = round(cfg.score_scale**-2, 6)
         return {"query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar}
 
     key = "query_pre_attn_scalar"

@@ -278,7 +278,7 @@ def resolved(cfg: ModelConfig) -> ModelConfig:
         "position_offset": cfg.position_offset if cfg.positions == "learned" else 0,
         "n_buckets": cfg.n_buckets if cfg.positions == "t5" else 32,
         "max_distance": cfg.max_distance if cfg.positions == "t5" else 128,
-        "attention_scale": cfg.attention_scale or cfg.H**-0.5,
+        "attention_scale": cfg.score_scale,
     }
     training = {"dropout_rate": 0.0, "attention_dropout_rate": 0.0, "init": "normal", "dtype": "float32"}
     return dataclasses.replace(cfg, n_kv_heads=cfg.K, d_head=cfg.H, d_value=cfg.Hv, d_mlp=cfg.F, **unset, **training)

@@ -142,7 +142,7 @@ def is_run(path: Path) -> bool:
 def _open_run(path: Path, step: int | None) -> Source:
     run = read_config(path)
     cfg, lora = run.model, run.lora
-    mean: Any = {"part": "ema" if run.train.ema_rate else "params", "n_averaged": run.train.n_averaged}
+    mean: Any = {"part": "ema" if run.keeps_mean else "params", "n_averaged": run.train.n_averaged}
     step_dir(path, step)  # is there
 
     def load(dtype: str | None, mesh: Mesh | None) -> dict:

@@ -87,7 +87,7 @@ class Attention(nn.Module):
         require(B % rows == 0, f"{rule}: x must have as many, or a multiple; encode one source for each row")
         q = q.reshape(B, T, cfg.n_heads, cfg.H)
         q = self.q_norm(q) if cfg.qk_norm else q
-        scale = cfg.H**-0.5 if cfg.attention_scale is None else cfg.attention_scale
+        scale = cfg.score_scale
         q, k, bias = self._turned(q, k, plan, scale)
         drop = cfg.attention_dropout_rate > 0 and not deterministic
         one_by_one = rows < B <= MOST * rows and T == 1 and jax.default_backend() == "cpu"

@@ -55,6 +55,7 @@ class Head(nn.Module):
             x = make_norm(cfg, name="norm")(activation(Linear(cfg, cfg.d_model, "out", name="transform")(x)))
         own = Linear(cfg, cast(int, cfg.vocab_size), "head", out_dtype="float32", name="map")
         logits = embed.logits(x) if cfg.tie_head else own(x)
+        logits /= cfg.width_ratio  # muP's output multiplier (Yang et al. 2022, table 8)
         if cfg.head_bias:
             logits += self.param("bias", nn.initializers.zeros, (cfg.vocab_size,)).astype(jnp.float32)
         cap = cfg.head_soft_cap

@@ -80,6 +80,7 @@ class Linear(nn.Module):
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
         out_dtype = jnp.dtype(self.out_dtype or dtype)
         share = 1 / math.sqrt(2 * cfg.n_layers) if self.residual else 1.0
+        share *= 1.0 if self.part == "head" else cfg.width_ratio**-0.5  # muP: Yang et al. 2022, table 8
         kernel: Any = self.param("kernel", KERNEL_INITS[cfg.init](share), (self.features, x.shape[-1]))
         y = product(x, kernel, dtype, out_dtype)
         if self.part in BIASES[cfg.biases]:

@@ -50,9 +50,10 @@ def _fit(cfg: RunConfig, stop: threading.Event) -> TrainState:
     task = open_task(cfg)
     cfg, train = task.cfg, task.cfg.train
     model = build(cfg.model, train.remat)
-    optimizer, schedule = make_optimizer(cfg.optim, train.n_steps), make_schedule(cfg.optim, train.n_steps)
+    optimizer = make_optimizer(cfg.optim, train.n_steps, cfg.model.width_ratio)
+    schedule = make_schedule(cfg.optim, train.n_steps)
     stack, unstack = make_layouts(cfg)
-    start = functools.partial(first_state, cfg.lora, model, optimizer, ema=train.ema_rate > 0)
+    start = functools.partial(first_state, cfg.lora, model, optimizer, ema=cfg.keeps_mean)
     state = jax.eval_shape(start, jax.random.key(0))
     n_trained = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     mesh = choose_mesh(cfg.mesh)
@@ -65,7 +66,7 @@ def _fit(cfg: RunConfig, stop: threading.Event) -> TrainState:
     assemble = make_assemble(cfg.lora)
 
     def whole(state: TrainState) -> dict:
-        return assemble(*unstack(launch.host_state((state.ema if train.ema_rate else state.params, state.frozen))))
+        return assemble(*unstack(launch.host_state((state.ema if cfg.keeps_mean else state.params, state.frozen))))
 
     step = first_says(lambda: claim(run_dir, cfg, task.tokenizer))
     if step:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from tx_jax.errors import require
 from tx_jax.models import STACKS, Model, init_params
 from tx_jax.training.losses import chunked_cross_entropy
+from tx_jax.training.optim import mean_params
 
 
 @runtime_checkable  # for the shape checks under pytest
@@ -47,7 +48,7 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
     key: PRNGKeyArray
     frozen: Any = ()  # what is not: the parameters that adapters are beside
-    ema: Any = ()  # a mean of params over the steps so far, the last ones counting most; (): none is kept
+    ema: Any = ()  # a mean of params over the steps so far, which is what to evaluate; (): none is kept
 
     @property
     def moving(self) -> Moving:
@@ -70,7 +71,7 @@ def init_state(
     *,
     ema: bool = False,
 ) -> TrainState:
-    """The state before the first step, with these parameters or fresh ones; `ema`: for a step with an ema_rate."""
+    """The state before the first step, with these parameters or fresh ones; `ema`: of a run that keeps a mean."""
     init_key, key = jax.random.split(key)
     params = init_params(model, init_key) if params is None else params
     mean = jax.tree.map(jnp.copy, params) if ema else ()  # buffers of its own: a launcher gives both up
@@ -93,7 +94,8 @@ def make_train_step(
     Args:
         label_smoothing, z_loss_rate: of `cross_entropy`.
         ema_rate: the share of the mean so far in state.ema (`init_state(…, ema=True)`); less in the first steps, so
-            that those do not weigh for long: (1 + step) / (10 + step) at most, as in TensorFlow. 0: no mean is kept.
+            that those do not weigh for long: (1 + step) / (10 + step) at most, as in TensorFlow. 0: the mean is that
+            of a schedule-free optimiser, or none is kept.
         accumulate_steps: parts of a batch that are read in turn, every so manyth row in one. Their sums are added and
             divided once, so that the update is that of the whole batch, in less memory.
         axis_name: that of a `pmap`, if it runs inside one.
@@ -132,7 +134,11 @@ def make_train_step(
         params: Any = optax.apply_updates(state.params, updates)
         metrics = Metrics(total / divisor, optax.tree.norm(grads), count)
         share = jnp.minimum(ema_rate, (1 + state.step) / (10 + state.step))
-        mean = jax.tree.map(lambda old, new: share * old + (1 - share) * new, state.ema, params) if ema_rate else ()
+        mean = state.ema
+        if ema_rate:
+            mean = jax.tree.map(lambda old, new: share * old + (1 - share) * new, mean, params)
+        elif jax.tree.leaves(mean):
+            mean = mean_params(opt_state, params)
         return state._replace(step=state.step + 1, params=params, opt_state=opt_state, ema=mean), metrics
 
     return step
