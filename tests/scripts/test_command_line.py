@@ -26,7 +26,7 @@ TRAIN = {  # flags after those of the small run: what the message says, value an
     "--data.path {bad}/long.txt --data.seq-len 999": "data.seq_len=999 exceeds model.max_len=64; raise model.max_len",
     "--data.valid-fraction 2": "valid_fraction=2.0 must be between 0 and 1; 0.1 holds out a tenth",
     "--data.batch-size 12": "batch_size=12 must be a multiple of the 8 devices that share it; use 8",
-    "--mesh.data 3": "mesh data=3 × fsdp=1 × tensor=1 needs 3 devices; there are 8",
+    "--mesh.data 3": "mesh data=3 needs 3 devices; there are 8",
     "--mesh.data 0": "mesh.data=0 must be at least 1, or None",
     "--model.vocab-size 3": "model.vocab_size=3 is not the tokenizer's 15; leave it out",
     "--model.n-heads 3": "d_model=16 must be a multiple of n_heads=3; use 1, 2, 4, 8, 16 heads, or set d_head",
