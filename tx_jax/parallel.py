@@ -129,7 +129,7 @@ def jit_step(step: Callable, state: Any, mesh: Mesh | None = None) -> Launcher:
         where = NamedSharding(mesh, P(BATCH_AXES, *["sequence"] * (leaf.ndim > 1)))
         return jax.make_array_from_callback(leaf.shape, where, lambda index: leaf[index])  # what is of this host
 
-    step = jax.jit(step, donate_argnums=0, out_shardings=(places, None))
+    step = jax.jit(step, donate_argnums=0, in_shardings=(places, None), out_shardings=(places, None))
 
     def on_mesh(function: Callable) -> Callable:
         def call(state: Any, batch: Any) -> Any:
