@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 import tyro
-from torch import nn
+from torch_gpt import TorchGPT, adamw_groups
 
 import tx_jax as tx
 from tx_jax.command_line import keep_memory
@@ -31,56 +31,6 @@ class Args:
     turn: int = 100  # steps of each before the other goes on
     seed: int = 0
     threads: int = os.cpu_count() or 1  # of torch; XLA takes all cores
-
-
-class TorchBlock(nn.Module):
-    def __init__(self, d: int, n_heads: int):
-        super().__init__()
-        self.ln1, self.ln2 = nn.LayerNorm(d, bias=False), nn.LayerNorm(d, bias=False)
-        self.qkv, self.out = nn.Linear(d, 3 * d, bias=False), nn.Linear(d, d, bias=False)
-        self.up, self.down = nn.Linear(d, 4 * d, bias=False), nn.Linear(4 * d, d, bias=False)
-        self.n_heads = n_heads
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        B, T, D = x.shape
-        q, k, v = (part.view(B, T, self.n_heads, -1).transpose(1, 2) for part in self.qkv(self.ln1(x)).split(D, dim=2))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(y.transpose(1, 2).reshape(B, T, D))
-        return x + self.down(F.gelu(self.up(self.ln2(x))))
-
-
-class TorchGPT(nn.Module):
-    """The peer: fused attention, fused q, k and v, as nanoGPT has them."""
-
-    def __init__(self, cfg: tx.ModelConfig):
-        super().__init__()
-        self.tokens, self.positions = nn.Embedding(cfg.vocab_size, cfg.d_model), nn.Embedding(cfg.max_len, cfg.d_model)
-        self.blocks = nn.ModuleList([TorchBlock(cfg.d_model, cfg.n_heads) for _ in range(cfg.n_layers)])
-        self.norm = nn.LayerNorm(cfg.d_model, bias=False)
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        x = self.tokens(ids) + self.positions.weight[: ids.shape[1]]
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x) @ self.tokens.weight.T
-
-    def copy(self, params: dict) -> None:
-        """Take our parameters: kernels are (out, in) on both sides."""
-        stack = params["stack"]
-        weights = {
-            "tokens": params["embed"]["table"],
-            "positions": stack["positions"]["table"],
-            "norm": stack["last_norm"]["scale"],
-        }
-        for i in range(len(self.blocks)):
-            block, a = stack[f"blocks_{i}"], stack[f"blocks_{i}"]["attention"]
-            parts = {
-                "ln1": block["attention_norm"]["scale"], "ln2": block["mlp_norm"]["scale"],
-                "qkv": np.concatenate([a[part]["kernel"] for part in "qkv"]), "out": a["out"]["kernel"],
-                "up": block["mlp"]["up"]["kernel"], "down": block["mlp"]["down"]["kernel"],
-            }  # fmt: skip
-            weights |= {f"blocks.{i}.{name}": value for name, value in parts.items()}
-        self.load_state_dict({f"{name}.weight": torch.tensor(np.array(value)) for name, value in weights.items()})
 
 
 def main(args: Args) -> None:
@@ -99,8 +49,7 @@ def main(args: Args) -> None:
     torch.set_num_threads(args.threads)
     peer = TorchGPT(cfg)
     peer.copy(jax.device_get(state.params))
-    matrices, vectors = ([p for p in peer.parameters() if (p.ndim >= 2) == big] for big in (True, False))
-    groups = [{"params": matrices, "weight_decay": run.optim.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = adamw_groups(peer, run.optim.weight_decay)
     adamw = torch.optim.AdamW(groups, betas=(run.optim.beta1, run.optim.beta2), eps=run.optim.eps)
     schedule = tx.make_schedule(run.optim, run.train.n_steps)
     rates = np.asarray(jax.vmap(schedule)(np.arange(run.train.n_steps)))

@@ -1,9 +1,11 @@
-"""Training speed of tx_jax beside Hugging Face transformers (torch), same GPT-2, data, optimiser, interleaved.
+"""Training speed of tx_jax beside torch, in turn: transformers' GPT-2, and a plain one with fused attention.
 
     python benchmarks/train.py             # 6 layers, d 384, context 256, batch 16, float32
+    python benchmarks/train.py --n-layers 12 --d-model 768 --n-heads 12 --vocab-size 50257 --seq-len 512 --batch-size 2
+                                           # GPT-2 small
 
-The peer starts from our weights, so the first losses must agree; both take AdamW steps on the same random tokens.
-Prints the median tokens/s of each, the ratio, and where XLA's cost and memory analysis puts our step.
+The peers start from our weights, so the first losses must agree; all take AdamW steps on the same random tokens.
+Prints the median tokens/s of each, the ratios, and where XLA's cost and memory analysis puts our step.
 """
 
 import dataclasses
@@ -37,14 +39,14 @@ class Args:
     rounds: int = 5  # of each, in turn
     threads: int = os.cpu_count() or 1  # of torch; XLA takes all cores
     attention: str = "eager"  # of transformers: eager | sdpa
-    peer: bool = True  # also run transformers (needs torch: the `bench` extra)
+    peers: tuple[str, ...] = ("transformers", "plain torch")  # which need the `bench` extra
 
 
 OPTIM = OptimConfig(schedule="constant", warmup_steps=0, peak_lr=1e-3, beta2=0.99, weight_decay=0.1, clip_norm=1.0)
 
 
 def ours(args: Args, tokens: np.ndarray):
-    """A function that takes `steps` steps and gives (seconds, last loss); the first parameters; its program."""
+    """A function that takes `steps` steps and gives (seconds, last loss); the config, first parameters and program."""
     cfg = ModelConfig(
         vocab_size=args.vocab_size, max_len=args.seq_len, d_model=args.d_model, n_layers=args.n_layers,
         n_heads=args.n_heads, positions="learned", biases="all", mlp="gelu_tanh",
@@ -66,15 +68,13 @@ def ours(args: Args, tokens: np.ndarray):
         loss = float(metrics.loss)
         return time.perf_counter() - start, loss
 
-    return once, params, compiled
+    return once, cfg, params, compiled
 
 
-def theirs(args: Args, tokens: np.ndarray, params: dict):
-    """The same in transformers, from the same weights."""
-    import torch
+def transformers_model(args: Args, cfg: ModelConfig, params: dict):
+    """A GPT-2 of the same weights, and how to ask it for logits."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    torch.set_num_threads(args.threads)
     config = GPT2Config(
         vocab_size=args.vocab_size, n_positions=args.seq_len, n_embd=args.d_model, n_layer=args.n_layers,
         n_head=args.n_heads, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, attn_implementation=args.attention,
@@ -82,17 +82,35 @@ def theirs(args: Args, tokens: np.ndarray, params: dict):
     )  # fmt: skip
     model = GPT2LMHeadModel(config).train()
     copy_gpt2(model, params)
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": OPTIM.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return model, lambda ids: model(ids).logits
+
+
+def plain_model(args: Args, cfg: ModelConfig, params: dict):
+    """The same in plain torch."""
+    from torch_gpt import TorchGPT
+
+    model = TorchGPT(cfg).copy(params)
+    return model, model
+
+
+PEERS = {"transformers": transformers_model, "plain torch": plain_model}
+
+
+def theirs(name: str, args: Args, tokens: np.ndarray, cfg: ModelConfig, params: dict):
+    """A function like `ours`, of a peer."""
+    import torch
+    from torch_gpt import adamw_groups
+
+    torch.set_num_threads(args.threads)
+    model, logits_of = PEERS[name](args, cfg, params)
+    groups = adamw_groups(model, OPTIM.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=OPTIM.peak_lr, betas=(OPTIM.beta1, OPTIM.beta2), eps=OPTIM.eps)
     inputs, targets = torch.tensor(tokens[:, :-1]).long(), torch.tensor(tokens[:, 1:]).long()
 
     def once() -> tuple[float, float]:
         start = time.perf_counter()
         for _ in range(args.steps):
-            logits = model(inputs).logits
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+            loss = torch.nn.functional.cross_entropy(logits_of(inputs).flatten(0, 1), targets.flatten())
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIM.clip_norm)
@@ -141,8 +159,8 @@ def main(args: Args) -> None:
     tokens = np.random.default_rng(0).integers(
         args.vocab_size, size=(args.batch_size, args.seq_len + 1), dtype=np.int32
     )
-    once, params, compiled = ours(args, tokens)
-    runs = {"tx_jax": once} | ({"transformers": theirs(args, tokens, params)} if args.peer else {})
+    once, cfg, params, compiled = ours(args, tokens)
+    runs = {"tx_jax": once} | {name: theirs(name, args, tokens, cfg, params) for name in args.peers}
     times: dict[str, list[float]] = {name: [] for name in runs}
     losses: dict[str, list[float]] = {name: [] for name in runs}
     for i in range(args.rounds + 1):
@@ -154,8 +172,10 @@ def main(args: Args) -> None:
     speeds = {name: args.batch_size * args.seq_len / statistics.median(column) for name, column in times.items()}
     for name, speed in speeds.items():
         print(f"{name:>13}: {speed:7.0f} tokens/s, loss after {args.steps} steps {losses[name][0]:.5f}")
-    if args.peer:
-        print(f"        ratio: {speeds['tx_jax'] / speeds['transformers']:.2f}")
+    for name in args.peers:
+        by_round = [theirs / ours for theirs, ours in zip(times[name], times["tx_jax"], strict=True)]
+        ratio, wide = speeds["tx_jax"] / speeds[name], f"{min(by_round):.2f}–{max(by_round):.2f} by round"
+        print(f"of the speed of {name}: {ratio:.2f} ({wide})")
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
     cost = cost[0] if isinstance(cost, list) else cost
     print(
