@@ -104,9 +104,7 @@ class ModelConfig:
     dropout_rate: float = 0.0  # of embeddings and of each sub-layer's output
     attention_dropout_rate: float = 0.0  # of attention weights
     init: Init = "normal"  # normal: N(0, 0.02), residual outputs ÷ √(2L) (GPT-2); xavier (2017)
-    mup_base_width: int | None = (
-        None  # muP: d_model at which the learning rate was found; None: no muP (Yang et al. 2022)
-    )
+    mup_base_width: int | None = None  # d_model at which the learning rate was found (Yang et al. 2022); None: no muP
     dtype: DType = "float32"  # of computation; parameters that are trained are float32
 
     @property

@@ -49,3 +49,13 @@ def test_numbers_are_refused():
     text = "model.mup_base_width=64 has learning rates of adamw, lion and schedule-free, not of optim.name='muon'"
     with pytest.raises(InputError, match="^" + re.escape(text)):
         RunConfig(model=ModelConfig(mup_base_width=64), optim=OptimConfig(name="muon"))
+
+
+def test_no_other_library_has_its_scales(tmp_path):
+    """They are refused by name rather than lost."""
+    sizes = {"vocab_size": 7, "d_model": 128, "n_heads": 2, "n_layers": 1, "mlp": "swiglu", "norm": "rmsnorm"}
+    for base in (128, 64):
+        cfg = ModelConfig(mup_base_width=base, **sizes)
+        params = tx.init_params(tx.build(cfg), jax.random.key(0))
+        with pytest.raises(InputError, match=rf"mup_base_width={base}"):
+            tx.save_pretrained(tmp_path / str(base), cfg, params)
