@@ -59,7 +59,7 @@ def test_every_record_but_the_first_tells_how_fast(run):
 def test_a_profile_of_stacked_layers_which_a_run_may_leave_again(run, train, tiny, tmp_path, capsys):
     """A checkpoint does not tell how its layers were computed."""
     again = tmp_path / "again"
-    layers = ["--train.scan-layers", "--train.remat", "full", "--train.accumulate-steps", "2", "--mesh.tensor", "4"]
+    layers = ["--train.scan-layers", "--train.remat", "full", "--train.accumulate-steps", "2", "--mesh.tensor", "2"]
     train([*tiny, *layers, "--profile", "--run-dir", str(again)])
     assert f"the trace of 5 steps is in {again}/profile" in capsys.readouterr().out
     assert list((again / "profile").rglob("*.xplane.pb"))

@@ -23,8 +23,8 @@ def spread(x: Array) -> Array:
     return x if spec is None else jax.lax.with_sharding_constraint(x, spec)
 
 
-def gathered(table: Array) -> Array:
-    """A table (V, D), said to be split by V alone: its rows are read whole, from wherever they are kept."""
+def gathered(table: Any) -> Any:
+    """A table (V, D), of NumPy too, said to be split by V alone: its rows are read whole, wherever they are."""
     spec = layout(table.shape, HEADS)
     return table if spec is None else jax.lax.with_sharding_constraint(table, spec)
 
