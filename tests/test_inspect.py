@@ -67,6 +67,7 @@ def test_the_numbers_of_the_config():
         ({"positions": "alibi"}, "scores biased by ALiBi"),
         ({"positions": "t5"}, "scores biased by T5 buckets"),
         ({"mlp": "relu"}, "ReLU"),
+        ({"n_experts": 8}, "2 of 8 experts a token"),
         ({"vocab_size": None}, "V × 56"),
         ({"stack": "encoder", "n_token_types": 2}, "+ 2 token types"),
     ],

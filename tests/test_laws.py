@@ -54,6 +54,7 @@ CONFIGS = {
         attention_soft_cap=1.5,
         head_soft_cap=2.0,
     ),
+    "mixtral": replace(LLAMA, n_experts=5, capacity_factor=0.5),  # which a model that is not trained does not heed
     "gemma3": replace(
         LLAMA, window=WINDOW, window_pattern="fw", qk_norm=True, norm="rmsnorm_offset", rotary=rotary(window_base=7.0)
     ),
@@ -77,6 +78,7 @@ CONFIGS = {
     "modern-bert": replace(LLAMA, stack="encoder", window=WINDOW, mlp="geglu"),
     "alibi-encoder": replace(GPT2, stack="encoder", positions="alibi", n_heads=7),
     "t5-encoder": replace(T5, stack="encoder"),
+    "experts-translator": replace(T5, **BOTH, n_experts=4, n_experts_per_token=3),
 }
 CAUSAL = [name for name, cfg in CONFIGS.items() if cfg.stack != "encoder"]
 PLAN = Plan(Mask(causal=True))

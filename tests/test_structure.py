@@ -22,7 +22,7 @@ RANKS = {  # of every module of the package
     "presets": 2, "run_presets": 3, "run_dir": 2, "lora": 2, "cache": 1, "parallel": 2, "checkpoint": 2,
     "training.optim": 2, "modules.linear": 1, "modules.mlp": 2, "modules.norms": 2, "modules.positions": 2,
     "command_line": 4,
-    "modules.attention": 3, "modules.embed": 3,
+    "modules.moe": 3, "modules.attention": 3, "modules.embed": 3,
     "modules.block": 4,
     "models": 5,
     "decoding.prompts": 6, "decoding.generate": 7, "training.step": 6, "decoding.beam_rules": 0, "decoding.beam": 8,

@@ -53,5 +53,6 @@ def _kernels(cfg: ModelConfig) -> tuple[int, int]:
         if name.startswith("encoder/") or "cross_attention/k/" in name or "cross_attention/v/" in name:
             of_source += leaf.size * name.endswith("kernel")
         else:
-            of_tokens += leaf.size * (name.endswith("kernel") or (name == "embed/table" and cfg.tie_head))
+            active = cfg.n_experts_per_token / cfg.E if "/experts/" in name else 1  # of the mixture, what a token reads
+            of_tokens += int(leaf.size * active) * (name.endswith("kernel") or (name == "embed/table" and cfg.tie_head))
     return of_source, of_tokens

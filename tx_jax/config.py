@@ -96,6 +96,9 @@ class ModelConfig:
     head_soft_cap: float | None = None  # logits → cap · tanh(logits / cap) (Gemma 2)
 
     mlp: Activation = "gelu_tanh"
+    n_experts: int | None = None  # feed-forwards of which each token chooses some (E); None: one for all
+    n_experts_per_token: int = 2  # that it chooses (Jiang et al. 2024)
+    capacity_factor: float | None = None  # in training an expert reads × its even share of a sequence; None: all
     norm: Norm = "layernorm"
     norm_order: NormOrder = "pre"  # pre: norm inside the residual branch; post: after the sum (2017); sandwich: both
     parallel: bool = False  # attention and feed-forward read the same vectors (GPT-NeoX)
@@ -126,6 +129,11 @@ class ModelConfig:
     def F(self) -> int:  # noqa: N802
         """Width inside the feed-forward."""
         return self.d_mlp or 4 * self.d_model
+
+    @property
+    def E(self) -> int:  # noqa: N802
+        """Experts."""
+        return self.n_experts or 1
 
     @property
     def reach(self) -> int | None:
@@ -175,6 +183,7 @@ class ModelConfig:
         require(self.position_offset >= 0, f"position_offset={self.position_offset} must not be negative")
         parallel = not self.parallel or self.norm_order == "pre"
         require(parallel, f"parallel=True needs norm_order='pre', not {self.norm_order!r}")
+        self._check_experts()
         base = self.mup_base_width
         require(base is None or base >= 1, f"mup_base_width={base} must be at least 1, or None for no muP")
         plain = self.init == "normal" and not (self.scale_embeddings or self.scale_head)
@@ -185,3 +194,16 @@ class ModelConfig:
             both or self.n_encoder_layers is None, f"n_encoder_layers needs stack='encoder_decoder', not {self.stack!r}"
         )
         require(not self.pooler or self.stack == "encoder", f"pooler=True needs stack='encoder', not {self.stack!r}")
+
+    def _check_experts(self) -> None:
+        n, k = self.n_experts, self.n_experts_per_token
+        if n is None:
+            return
+        require(k <= n, f"n_experts_per_token={k} exceeds n_experts={n}; lower it")
+        rule = f"biases={self.biases!r} has some in the feed-forward, and experts have none"
+        require(self.biases not in ("mlp", "all"), f"{rule}; use none, norm, qkv or attention")
+        rule = f"mup_base_width={self.mup_base_width} says nothing of n_experts={n}"
+        require(self.mup_base_width is None, f"{rule}; leave one of them out")
+        factor = self.capacity_factor
+        fits = factor is None or factor > 0
+        require(fits, f"capacity_factor={factor} must be positive; 1.25 is usual, and None drops no token")

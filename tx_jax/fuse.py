@@ -9,7 +9,7 @@ from jaxtyping import PyTree
 from tx_jax.errors import require
 
 GROUPS = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}  # the name of what is one, and of its parts in order
-APART = "cross_attention"  # its queries and keys read different vectors
+APART = ("cross_attention", "experts")  # whose queries and keys read different vectors; whose kernels are (E, out, in)
 
 
 def fuse(params: PyTree) -> Any:
@@ -36,7 +36,7 @@ def fuse(params: PyTree) -> Any:
 def _fuse(node: Any) -> Any:
     if not isinstance(node, dict):
         return node
-    node = {name: part if name == APART else _fuse(part) for name, part in node.items()}
+    node = {name: part if name in APART else _fuse(part) for name, part in node.items()}
     for name, parts in GROUPS.items():
         if node.keys() >= set(parts):
             node[name] = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *(node.pop(part) for part in parts))

@@ -203,11 +203,12 @@ def _column(cfg: ModelConfig, causal: bool, cross: bool, name: str, head: bool =
     some = "" if cfg.reach else ", in some layers"
     window = f"over the last {cfg.window:,} tokens{some}" if cfg.window else ""
     parallel = "reads what attention reads" if cfg.parallel else ""
+    experts = f"{cfg.n_experts_per_token} of {cfg.E} experts a token" if cfg.n_experts else ""
     see = f"{'causal' if causal else 'sees all'}, {heads}"
     layers = [
         _part("attention", "Self-attention", see, values, shared, window, IN_ATTENTION.get(cfg.positions)),
         _part("attention", "Cross-attention", "k, v from the encoder", heads, values, shared),
-        _part("mlp", "Feed-forward", MLPS[cfg.mlp], f"{D} → {cfg.F:,} → {D}", parallel),
+        _part("mlp", "Feed-forward", MLPS[cfg.mlp], f"{D} → {cfg.F:,} → {D}", experts, parallel),
     ]
     fork, add = Part("fork"), Part("add")
     layers = layers if cross else layers[::2]

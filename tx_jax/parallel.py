@@ -25,6 +25,8 @@ AXES = ("data", "fsdp", "expert", "sequence", "tensor")  # of a mesh
 BATCH_AXES = ("data", "fsdp", "expert")  # that split the rows of a batch; sequence splits their tokens
 
 RULES: tuple[tuple[str, PartitionSpec], ...] = (  # first match; kernels are (out, in), or the two parts of an Int8
+    (r"/experts/(gate|up)/kernel$", P("expert", "tensor", "fsdp")),
+    (r"/experts/down/kernel$", P("expert", "fsdp", "tensor")),
     (r"/(q|k|v|qkv|gate|up|gate_up)/kernel(/values|/scale)?$", P("tensor", "fsdp")),
     (r"/(out|down)/kernel(/values|/scale)?$", P("fsdp", "tensor")),
     (r"(embed/table|head/map/kernel)(/values|/scale)?$", P("tensor", "fsdp")),
@@ -64,10 +66,11 @@ def check_mesh(mesh: Mesh, model: ModelConfig) -> None:
     """Hold a model to whole heads and whole experts a device.
 
     Raises:
-        InputError: tensor does not divide the heads.
+        InputError: tensor does not divide the heads, or expert the experts.
     """
-    n, parts = model.n_heads, mesh.shape["tensor"]
-    require(n % parts == 0, f"mesh.tensor={parts} must divide model.n_heads={n}; use {divisors(n)}")
+    for axis, name, n in (("tensor", "n_heads", model.n_heads), ("expert", "n_experts", model.E)):
+        parts = mesh.shape[axis]
+        require(n % parts == 0, f"mesh.{axis}={parts} must divide model.{name}={n}; use {divisors(n)}")
 
 
 def shardings(tree: Any, mesh: Mesh, rules: tuple[tuple[str, PartitionSpec], ...] = RULES) -> Any:

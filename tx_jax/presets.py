@@ -154,6 +154,12 @@ def smollm2_135m() -> ModelConfig:
     return _llama(49_152, 8192, 576, 30, 9, 1536, n_kv_heads=3, rotary=RotaryConfig(base=100_000.0), tie_head=True)
 
 
+def mixtral_8x7b() -> ModelConfig:
+    """Mixtral 8x7B (Jiang et al. 2024): 46,702,792,704 parameters, of which a token reads 12,879,925,248."""
+    dense = _llama(32_000, 32_768, 4096, 32, 32, 14_336, n_kv_heads=8, rotary=RotaryConfig(base=1_000_000.0))
+    return dataclasses.replace(dense, n_experts=8, n_experts_per_token=2)
+
+
 def _t5(d_model: int, n_layers: int, n_heads: int, d_mlp: int) -> ModelConfig:
     """Raffel et al. 2020, v1.0: counts of the released checkpoints `google-t5/t5-…`."""
     return ModelConfig(
@@ -190,6 +196,7 @@ MODELS: dict[str, Callable[[], ModelConfig]] = {
     for preset in (
         vaswani_base, vaswani_big, gpt2_small, gpt2_medium, gpt2_large, gpt2_xl,
         llama2_7b, llama2_13b, llama2_70b, llama3_8b, llama3_70b, llama3_2_1b, smollm2_135m,
+        mixtral_8x7b,
         t5_small, t5_base, bert_base,
     )
 } | {name: partial(vaswani_row, name) for name in VASWANI_ROWS}  # fmt: skip

@@ -105,6 +105,8 @@ class TrainConfig:
 
     n_steps: int = 2000  # optimiser steps
     label_smoothing_rate: float = 0.0  # ε of Szegedy et al. 2016 §7; 0.1 in Vaswani et al. 2017
+    balance_rate: float = 0.01  # of a mixture: for using all experts alike (Fedus et al. 2022, §2.2)
+    router_z_rate: float = 0.001  # of a mixture: keeps its router's logits from drifting (Zoph et al. 2022, §3.2)
     z_loss_rate: float = 0.0  # of (log Σ exp logits)², added to the loss: 1e-4 keeps logits from drifting
     accumulate_steps: int = 1  # parts of a batch whose gradients are summed in turn: the same update in less memory
     remat: Remat = "none"  # none | full | dots | names: what a block computes again for its gradient, to save memory

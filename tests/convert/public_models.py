@@ -43,6 +43,8 @@ DECODERS = {
     "smollm": ("LlamaForCausalLM", GROUPED | {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default",
     "rope_theta": 1e5}}),
     "mistral": ("MistralForCausalLM", GROUPED | {"sliding_window": 5}),
+    "mixtral": ("MixtralForCausalLM", GROUPED | {"num_local_experts": 5, "num_experts_per_tok": 3, "head_dim": 8}),
+    "mixtral-window": ("MixtralForCausalLM", GROUPED | {"num_local_experts": 4, "sliding_window": 5, "head_dim": 6}),
     "qwen2": ("Qwen2ForCausalLM", GROUPED),
     "qwen2-window": ("Qwen2ForCausalLM", GROUPED | {"use_sliding_window": True, "sliding_window": 5,
     "max_window_layers": 1}),

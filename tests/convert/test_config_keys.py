@@ -21,6 +21,7 @@ PARTIAL = {  # what a file may say: read as it stands, and as transformers write
         {"rope_theta": 1e6, "rope_scaling": YARN}, {"num_key_value_heads": 4, "attention_bias": True},
     ],
     "MistralForCausalLM": [{"sliding_window": None}, {"head_dim": 64}],
+    "MixtralForCausalLM": [{"num_local_experts": 3}, {"num_experts_per_tok": 1}, {"rope_theta": 1e4}],
     "Qwen2ForCausalLM": [
         {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": n, "num_hidden_layers": 4}
         for n in (0, 1, 4, 9)
@@ -70,8 +71,9 @@ def other(value):
     return kinds[type(value)]() if type(value) in kinds else None
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3",
-                                  "pythia", "starcoder2", "t5", "bart", "marian", "bert-mlm", "roberta"])  # fmt: skip
+@pytest.mark.parametrize("name", ["gpt2", "llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3",
+                                  "phi3", "pythia", "starcoder2", "t5", "bart", "marian", "bert-mlm",
+                                  "roberta"])  # fmt: skip
 def test_what_is_passed_over_changes_no_logit_and_the_rest_is_honoured_or_refused(name):
     """Each key of transformers' own config is changed in turn: either we refuse it, or our config changes, or no logit
     of transformers does."""

@@ -37,6 +37,7 @@ def logits(cfg, params):
         (NANOGPT, "GPT2LMHeadModel", "all"),
         (LLAMA, "LlamaForCausalLM", "none"),
         (dataclasses.replace(LLAMA, window=5), "MistralForCausalLM", "none"),
+        (dataclasses.replace(LLAMA, n_experts=3, capacity_factor=1.0), "MixtralForCausalLM", "none"),
     ],
 )
 def test_the_first_family_that_holds_a_model(cfg, architecture, biases, tmp_path):
@@ -59,6 +60,10 @@ def test_the_first_family_that_holds_a_model(cfg, architecture, biases, tmp_path
         (dataclasses.replace(NANOGPT, positions="alibi"), r"no architecture .* has .*positions='alibi' \("),
         (dataclasses.replace(LLAMA, parallel=True), r"has parallel=True \(LlamaForCausalLM has False\); write it your"),
         (dataclasses.replace(NANOGPT, norm_order="sandwich"), "norm_order='sandwich'"),
+        (
+            dataclasses.replace(LLAMA, n_experts=3, qk_norm=True),
+            r"has qk_norm=True \(MixtralForCausalLM has F",
+        ),
         (dataclasses.replace(LLAMA, d_value=6), r"has d_value=6 \(LlamaForCausalLM has 8\); write it yourself"),
     ],
 )

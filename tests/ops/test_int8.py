@@ -48,7 +48,7 @@ def test_a_product(n_rows, dtype):
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-4)  # of a row of x, 15 bits are kept
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gptj", "llama", "bert-mlm", "gemma2", "t5-lm"])
+@pytest.mark.parametrize("name", ["gpt2", "gptj", "llama", "bert-mlm", "gemma2", "t5-lm", "mixtral"])
 def test_a_model_is_that_of_the_floats(name):
     model, params = make(name)
     small, tokens = tx.quantize(params), draw_tokens(3)

@@ -25,12 +25,15 @@ LLAMA = dataclasses.replace(
 MODELS = {
     "GPT": GPT,
     "LLaMA": LLAMA,
+    "experts": dataclasses.replace(LLAMA, n_experts=4),
+    "experts of some capacity": dataclasses.replace(LLAMA, n_experts=4, capacity_factor=0.9),
     "encoder-decoder": dataclasses.replace(GPT, stack="encoder_decoder", n_encoder_layers=1),
 }
 MESHES = {
     "data 8": MeshConfig(data=8),
     "fsdp 8": MeshConfig(fsdp=8),
     "data 2 × tensor 4": MeshConfig(data=2, tensor=4),
+    "data 2 × expert 4": MeshConfig(data=2, expert=4),
     "fsdp 2 × sequence 2 × tensor 2": MeshConfig(fsdp=2, sequence=2, tensor=2),
 }
 # With an ε this large an update is nearly linear in the gradient; otherwise rounding decides the sign of small ones.
@@ -55,7 +58,8 @@ def updated(model, how="one device"):
     cfg = MODELS[model]
     built, optimizer = tx.build(cfg), tx.make_optimizer(ADAMW, n_steps=100)
     more = {"pmap 8": {"axis_name": AXIS}, "accumulation 8": {"accumulate_steps": 8}}.get(how, {})
-    step = tx.make_train_step(built, optimizer, label_smoothing=0.1, ema_rate=0.2, **more)
+    more |= {"label_smoothing": 0.1, "ema_rate": 0.2, "balance_rate": 0.1, "router_z_rate": 0.1}
+    step = tx.make_train_step(built, optimizer, **more)
     begin = functools.partial(tx.init_state, built, optimizer, ema=True)
     shapes = jax.eval_shape(begin, jax.random.key(0))
     mesh = tx.make_mesh(MESHES[how]) if how in MESHES else None
@@ -78,11 +82,11 @@ def test_any_number_of_devices_gives_the_same_update(model, how):
     n_parts = {"fsdp 8": 8, "data 2 × tensor 4": 4}.get(how)  # of matrices, and of their moments
     moments = (placed.opt_state[1][0].mu, placed.opt_state[1][0].nu)
     for at in jax.tree.leaves((placed.params, moments)) if n_parts else ():
-        n = n_parts if at.ndim > 1 and at.shape != GPT_POSITIONS else 1
+        n = n_parts if at.ndim > 1 and at.shape not in WHOLE else 1
         assert at.addressable_shards[0].data.size * n == at.size, at.shape
 
 
-GPT_POSITIONS = (T, 16)  # a table that 8 does not divide
+WHOLE = ((T, 16), (4, 16))  # on every device: GPT's positions, which 8 does not divide, and the router
 
 
 def test_a_split_sequence_is_put_together_only_for_its_keys():

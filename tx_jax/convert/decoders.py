@@ -6,6 +6,7 @@ from tx_jax.convert.family import (
     attention_bias,
     blocks,
     eps,
+    experts,
     head_dim,
     kv_heads,
     query_scalar,
@@ -107,6 +108,24 @@ DECODERS = (
             tied(False), rope(), window(4096),
         ),
         _llama(), prefix="model.", unused=LLAMA_UNUSED,
+    ),
+    Family(
+        "MixtralForCausalLM", "mixtral", LLAMA_BASE,
+        (
+            *sizes(32_000, 4096, 14_336, 32, 32, 131_072), kv_heads(8), head_dim(None), GATED, eps(1e-5),
+            tied(False), rope(1e6), window(None), *experts(8, 2),
+        ),
+        _llama(mlp__gate_proj="", mlp__up_proj="", mlp__down_proj="")
+        | blocks(
+            {
+                "block_sparse_moe.gate": "mlp/router",
+                "block_sparse_moe.experts.{e}.w1": "mlp/experts/gate",
+                "block_sparse_moe.experts.{e}.w3": "mlp/experts/up",
+                "block_sparse_moe.experts.{e}.w2": "mlp/experts/down",
+            },
+            "model.layers.{i}.", "stack/blocks_{i}/",
+        ),
+        prefix="model.", unused=LLAMA_UNUSED,
     ),
     Family(
         "Qwen2ForCausalLM", "qwen2", LLAMA_BASE | {"biases": "qkv"},

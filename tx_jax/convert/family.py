@@ -74,6 +74,16 @@ def head_dim(default: int | None) -> Field:
     return copy("head_dim", "H", default)._replace(read=lambda v: {"d_head": v["head_dim"]})
 
 
+def experts(default: int, per_token: int) -> tuple[Field, Field]:
+    """How many experts there are, and how many of them read a token."""
+    keys = {"num_local_experts": ("n_experts", default), "num_experts_per_tok": ("n_experts_per_token", per_token)}
+    some, few = (
+        copy(key, name, value)._replace(read=lambda v, key=key, name=name: {name: number(key, v[key])})
+        for key, (name, value) in keys.items()
+    )
+    return some, few
+
+
 def tied(default: bool) -> Field:
     return copy("tie_word_embeddings", "tie_head", default)
 

@@ -94,7 +94,7 @@ WITHOUT_EFFECT = frozenset("""
     encoder_no_repeat_ngram_size num_return_sequences exponential_decay_length_penalty remove_invalid_values
     force_bos_token_to_be_generated n_ctx n_special predict_special_tokens cache_implementation _commit_hash
     transformers.js_config directionality pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers
-    pooler_size_per_head pooler_type
+    pooler_size_per_head pooler_type router_aux_loss_coef router_jitter_noise output_router_logits
 """.split())  # fmt: skip  # noqa: SIM905
 
 

@@ -1,10 +1,12 @@
 """A stream of public tensors ↔ our parameter tree, by a table of names.
 
 A row of a table is `source: targets`. The source is a module's name, whose `weight` and `bias` go to what our module
-has, or a whole tensor's. `{i}` counts layers. Targets are a path of ours, `a/b/q+k+v` for several fused into one
-tensor, and behind a space the key of LAYOUTS, if it is not `rows`. A row does not ask for what our model does not have.
+has, or a whole tensor's. `{i}` counts layers, and `{e}` experts, each a part of our leaf along its first axis. Targets
+are a path of ours, `a/b/q+k+v` for several fused into one tensor, and behind a space the key of LAYOUTS, if it is not
+`rows`. A row does not ask for what our model does not have.
 """
 
+import collections
 import dataclasses
 import re
 from collections.abc import Callable, Iterator
@@ -28,8 +30,9 @@ class Entry(NamedTuple):
     """One public tensor and the leaves it stands for."""
 
     paths: tuple[str, ...]
-    shapes: tuple[Shape, ...]  # of the leaves
+    shapes: tuple[Shape, ...]  # of the leaves, or of one expert's part of them
     layout: Layout
+    expert: int | None = None  # whose part of the leaves this is; None: the tensor is all of them
 
     @property
     def shape(self) -> Shape:
@@ -75,8 +78,15 @@ def _rows(source: str, target: str, layout: str, shapes: dict[str, Shape]) -> It
     names = [(source, modules)]
     names += [(f"{source}.{part}", [f"{m}/{our}" for m in modules]) for part, ours in PARTS.items() for our in ours]
     for name, paths in names:
-        if all(path in shapes for path in paths):
-            yield name, Entry(tuple(paths), tuple(shapes[path] for path in paths), LAYOUTS[layout])
+        if not all(path in shapes for path in paths):
+            continue
+        found = tuple(shapes[path] for path in paths)
+        if "{e}" not in name:
+            yield name, Entry(tuple(paths), found, LAYOUTS[layout])
+            continue
+        ones = tuple(shape[1:] for shape in found)
+        for e in range(found[0][0]):
+            yield name.replace("{e}", str(e)), Entry(tuple(paths), ones, LAYOUTS[layout], e)
 
 
 def match_names(
@@ -118,7 +128,7 @@ def _few(names: list[str]) -> str:
 
 
 def unpack(tensors: Tensors, names: dict[str, str], expected: dict[str, Entry], H: int, put: Put, where: str) -> dict:
-    """The parameter tree: each tensor is read, taken apart and `put` before the next.
+    """The parameter tree: each tensor is read, taken apart and `put` before the next; those of experts together.
 
     Args:
         names: those of `expected`, by name in the file.
@@ -128,12 +138,20 @@ def unpack(tensors: Tensors, names: dict[str, str], expected: dict[str, Entry], 
         InputError: a tensor is not of floating-point numbers.
     """
     tree: dict = {}
+    n_parts = collections.Counter(path for entry in expected.values() for path in entry.paths)
+    waiting: dict[str, dict[int, np.ndarray]] = collections.defaultdict(dict)  # by path and expert
     for name in (name for name, ours in names.items() if ours in expected):  # position_ids and their kin are integers
         kind = tensors.dtypes[name]
         require("float" in kind, f"{name} in {where} is {kind}; weights are float32, float16, bfloat16 or float64")
     for name, tensor in tensors.read({name for name, ours in names.items() if ours in expected}):
         entry = expected[names[name]]
         for path, leaf in zip(entry.paths, entry.layout.unpack(tensor, entry.shapes, H), strict=True):
+            if entry.expert is not None:
+                waiting[path][entry.expert] = leaf
+                if len(waiting[path]) < n_parts[path]:
+                    continue
+                parts = waiting.pop(path)
+                leaf = np.stack([parts[e] for e in range(len(parts))])
             *parents, last = path.split("/")
             node = tree
             for parent in parents:
@@ -171,8 +189,9 @@ def pack(params: dict, expected: dict[str, Entry], H: int) -> Iterator[tuple[str
     leaves = _by_path(params)
     dtype = next(iter(leaves.values())).dtype
     for name, entry in expected.items():
+        whole = () if entry.expert is None else entry.expert
         parts = [
-            np.asarray(leaves[path]) if path in leaves else np.zeros(shape, dtype)
+            np.asarray(leaves[path][whole]) if path in leaves else np.zeros(shape, dtype)
             for path, shape in zip(entry.paths, entry.shapes, strict=True)
         ]
         yield name, np.ascontiguousarray(entry.layout.pack(parts, H))

@@ -119,7 +119,8 @@ def _open_tensors(
     """
     depth = cfg.n_layers + (cfg.n_encoder_layers or 0)
     require(depth <= MAX_LAYERS, f"{where} has {depth} layers, more than {MAX_LAYERS}")
-    require(depth <= len(tensors.shapes), f"{where} has {len(tensors.shapes)} tensors, too few for {depth} layers")
+    rule, of_what = f"{where} has {len(tensors.shapes)} tensors", f" of {cfg.E} experts" if cfg.n_experts else ""
+    require(depth * cfg.E <= len(tensors.shapes), f"{rule}, too few for {depth} layers{of_what}")
     for name, says in family.absent.items():
         if not {name, family.prefix + name, family.outer + name} & set(tensors.shapes):
             cfg = dataclasses.replace(cfg, **says)
@@ -240,8 +241,8 @@ def find_family(cfg: ModelConfig, architecture: str | None = None) -> tuple[Fami
     nearest, reason = list[str](), ""
     for family in families:
         for biases in dict.fromkeys((cfg.biases, *WIDER[cfg.biases])):
-            wide = dataclasses.replace(cfg, biases=biases)
             try:
+                wide = dataclasses.replace(cfg, biases=biases)  # which experts do not have everywhere
                 back = read_model_config(family.base, family.fields, write_config(family, wide), family.architecture)
             except InputError as error:
                 reason = str(error)
@@ -279,8 +280,10 @@ def resolved(cfg: ModelConfig) -> ModelConfig:
         "n_buckets": cfg.n_buckets if cfg.positions == "t5" else 32,
         "max_distance": cfg.max_distance if cfg.positions == "t5" else 128,
         "attention_scale": cfg.score_scale,
+        "n_experts_per_token": cfg.n_experts_per_token if cfg.n_experts else 2,
     }
     training = {"dropout_rate": 0.0, "attention_dropout_rate": 0.0, "init": "normal", "dtype": "float32"}
+    training |= {"capacity_factor": None}
     return dataclasses.replace(cfg, n_kv_heads=cfg.K, d_head=cfg.H, d_value=cfg.Hv, d_mlp=cfg.F, **unset, **training)
 
 

@@ -1,6 +1,7 @@
 """One block, and a stack of them: encoder, decoder-only and the decoder of an encoder-decoder are this with other
 arguments (not causal; causal; causal with cross-attention)."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ from tx_jax.config import ModelConfig
 from tx_jax.errors import require
 from tx_jax.modules.attention import NAMES, Attention, Plan, Sinks
 from tx_jax.modules.mlp import MLP
+from tx_jax.modules.moe import LOSSES, Experts
 from tx_jax.modules.norms import make_norm
 from tx_jax.modules.positions import SCHEMES
 from tx_jax.ops.masks import Mask
@@ -33,7 +35,7 @@ class Block(nn.Module):
         self.attention, self.attention_norm = Attention(cfg), make_norm(cfg)
         if self.cross:
             self.cross_attention, self.cross_norm = Attention(cfg), make_norm(cfg)
-        self.mlp, self.mlp_norm = MLP(cfg), make_norm(cfg)
+        self.mlp, self.mlp_norm = Experts(cfg) if cfg.n_experts else MLP(cfg), make_norm(cfg)
         if cfg.norm_order == "sandwich":
             self.attention_out_norm, self.mlp_out_norm = make_norm(cfg), make_norm(cfg)
             if self.cross:
@@ -65,7 +67,8 @@ class Block(nn.Module):
         if self.cross:
             attend: Any = self.cross_attention.attend
             x, _ = residual("cross", x, x, lambda h: (attend(h, memory, cross_plan, deterministic), None))
-        x, _ = residual("mlp", x, start if self.cfg.parallel else x, lambda h: (self.mlp(h), None))
+        feed: Any = functools.partial(self.mlp, positions=plan.mask.q_positions, deterministic=deterministic)
+        x, _ = residual("mlp", x, start if self.cfg.parallel else x, lambda h: (feed(h), None))
         return x, cache
 
 
@@ -198,20 +201,25 @@ class Stack(nn.Module):
         n_steps = self._n_scanned() // len(pattern)
         keys = jax.random.split(self.make_rng("dropout"), n_steps) if self.has_rng("dropout") else None
 
-        def step(x: Array, layers: Any) -> tuple[Array, None]:
-            params, sources, key = layers
+        def step(x: Array, layers: Any) -> tuple[Array, Any]:
+            (params, sources, key), left = layers, []
             for i, kind in enumerate(pattern):
-                x, _ = block.apply(
+                (x, _), more = block.apply(
                     {"params": params[str(i)]}, x, plans[kind], None, sources[i], cross_plan,
                     deterministic=deterministic,
                     rngs={} if key is None else {"dropout": jax.random.fold_in(key, i)},
+                    mutable=[LOSSES],
                 )  # fmt: skip
-            return x, None
+                left.append(more.get(LOSSES, {}))
+            return x, left
 
         if self.remat != "none":
             step = jax.checkpoint(step, policy=KEPT[self.remat], prevent_cse=False)
         sources = (None,) * len(pattern) if memory is None else memory.layers[0]
-        return jax.lax.scan(step, x, (params, sources, keys))[0]
+        x, left = jax.lax.scan(step, x, (params, sources, keys))
+        for leaf in jax.tree.leaves(left):
+            self.sow(LOSSES, "scanned", leaf.sum(0), reduce_fn=jnp.add, init_fn=lambda: jnp.zeros(2))
+        return x
 
 
 def _check_room(positions: Array, n_slots: int, window: int | None) -> None:

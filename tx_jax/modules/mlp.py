@@ -5,7 +5,7 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from tx_jax.config import ModelConfig
 from tx_jax.modules.linear import Linear
@@ -28,12 +28,14 @@ ACTIVATIONS = {  # name: (function, gated)
 
 
 class MLP(nn.Module):
-    """down(activation(gate x) · up x), or down(activation(up x)) where nothing gates."""
+    """down(activation(gate x) · up x), or down(activation(up x)) where nothing gates. Called as a mixture is."""
 
     cfg: ModelConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "#B T"] | None = None, *, deterministic: bool = True
+    ) -> Float[Array, "B T D"]:
         activation, gated = ACTIVATIONS[self.cfg.mlp]
         if self.has_variable("params", "gate_up"):  # by `fuse`
             gate, h = jnp.split(Linear(self.cfg, 2 * self.cfg.F, "mlp", name="gate_up")(x), 2, axis=-1)

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from tx_jax.errors import require
 
 MATRICES = ("/kernel", "embed/table")  # how the paths of a model's matrices end; (out, in)
+FLOATS = "router/kernel"  # of few numbers, which decide rather than add up
 
 
 class Int8(NamedTuple):
@@ -101,7 +102,7 @@ def quantize(params: PyTree) -> Any:
     """
     leaves, tree = jax.tree_util.tree_flatten_with_path(params)
     names = ["/" + jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-    matrices = [name.endswith(MATRICES) for name in names]
+    matrices = [name.endswith(MATRICES) and not name.endswith(FLOATS) for name in names]
     twice = any(name.endswith("/values") for name in names)
     require(not twice, "params holds matrices in 8 bits already; use them as they are")
     require(any(matrices), f"params holds no {' or '.join(MATRICES)} to put in 8 bits; give a model's parameters")

@@ -14,7 +14,7 @@ from jaxtyping import Array
 
 from tx_jax.ops.masks import Mask
 
-ROWS, TOKENS, HEADS = ("data", "fsdp", "expert"), "sequence", "tensor"  # axes of a mesh
+ROWS, EXPERTS, TOKENS, HEADS = ("data", "fsdp", "expert"), "expert", "sequence", "tensor"  # axes of a mesh
 
 
 def spread(x: Array) -> Array:
@@ -65,6 +65,40 @@ def over_sequence(body: Callable, q: Array, k: Any, v: Any, mask: Mask, bias: An
         return body(q, k, v, here, bias, key, *rest)
 
     return jax.shard_map(on_one, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)
+
+
+def over_experts(body: Callable, x: Array, routed: Any, kernels: Any) -> Array:
+    """body(x, routed, kernels), each device with its own experts and its own part of each.
+
+    Devices along the axis `expert` have rows of a batch as well: they show them to each other (all-gather), and each
+    gets its own back with what all have added (reduce-scatter).
+    """
+    by_rows: Any = layout(x.shape, ROWS, TOKENS)
+    if by_rows is None:
+        return body(x, routed, kernels)
+    ways = {"up": (EXPERTS, HEADS), "gate": (EXPERTS, HEADS), "down": (EXPERTS, None, HEADS)}
+    kinds: Any = {name: {"kernel": layout(part["kernel"].shape, *ways[name])} for name, part in kernels.items()}
+    specs, split = (by_rows, jax.tree.map(lambda _: by_rows, routed), kinds), kinds["down"]["kernel"]
+    apart, shared = _axes(*split), EXPERTS in _axes(by_rows[0])
+
+    def on_one(x: Array, routed: Any, kernels: Any) -> Array:
+        if EXPERTS in apart and shared:
+            x, routed = jax.lax.all_gather((x, routed), EXPERTS, axis=0, tiled=True)
+        if EXPERTS in apart:
+            first = jax.lax.axis_index(EXPERTS) * len(kernels["down"]["kernel"])
+            routed = routed._replace(expert=routed.expert - first)
+        y = body(x, routed, kernels)
+        y = jax.lax.psum(y, HEADS) if HEADS in apart else y
+        if EXPERTS in apart and shared:
+            return jax.lax.psum_scatter(y, EXPERTS, scatter_dimension=0, tiled=True)
+        return jax.lax.psum(y, EXPERTS) if EXPERTS in apart else y
+
+    return jax.shard_map(on_one, in_specs=specs, out_specs=by_rows, check_vma=False)(x, routed, kernels)
+
+
+def _axes(*parts: str | tuple[str, ...] | None) -> set[str]:
+    """The axes of a mesh in parts of a PartitionSpec."""
+    return {axis for part in parts for axis in ((part,) if isinstance(part, str) else part or ())}
 
 
 def layout(shape: tuple[int, ...], *names: str | tuple[str, ...] | None) -> PartitionSpec | None:

@@ -175,6 +175,8 @@ def make_launcher(cfg: RunConfig, model: Model, optimizer, state: TrainState, me
     how = {
         "label_smoothing": train.label_smoothing_rate,
         "z_loss_rate": train.z_loss_rate,
+        "balance_rate": train.balance_rate,
+        "router_z_rate": train.router_z_rate,
         "ema_rate": train.ema_rate,
         "accumulate_steps": train.accumulate_steps,
         "assemble": make_assemble(cfg.lora),

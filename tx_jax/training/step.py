@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from tx_jax.errors import require
 from tx_jax.models import STACKS, Model, init_params
+from tx_jax.modules.moe import LOSSES
 from tx_jax.training.losses import chunked_cross_entropy
 from tx_jax.training.optim import mean_params
 
@@ -84,6 +85,8 @@ def make_train_step(
     *,
     label_smoothing: float = 0.0,
     z_loss_rate: float = 0.0,
+    balance_rate: float = 0.0,
+    router_z_rate: float = 0.0,
     ema_rate: float = 0.0,
     accumulate_steps: int = 1,
     axis_name: str | None = None,
@@ -93,6 +96,7 @@ def make_train_step(
 
     Args:
         label_smoothing, z_loss_rate: of `cross_entropy`.
+        balance_rate, router_z_rate: of what each layer of experts adds to the loss (modules/moe.py).
         ema_rate: the share of the mean so far in state.ema (`init_state(…, ema=True)`); less in the first steps, so
             that those do not weigh for long: (1 + step) / (10 + step) at most, as in TensorFlow. 0: the mean is that
             of a schedule-free optimiser, or none is kept.
@@ -102,7 +106,7 @@ def make_train_step(
         assemble: (state.params, state.frozen) → the model's parameters, such as adapters with what they adapt.
     """
 
-    how = {"label_smoothing": label_smoothing, "z_loss_rate": z_loss_rate}
+    how = {"label_smoothing": label_smoothing, "z_loss_rate": z_loss_rate, "routing": (balance_rate, router_z_rate)}
 
     def loss(params: dict, frozen: Any, batch: Examples, key: PRNGKeyArray) -> tuple[Array, Array]:
         return _loss(model, assemble(params, frozen), batch, key, **how)
@@ -164,13 +168,17 @@ def make_eval_step(model: Model) -> Callable[[dict, Examples], tuple[Array, Arra
     return step
 
 
-def _loss(model: Model, params: dict, batch: Examples, key: Any = None, **how: Any) -> tuple[Array, Array]:
+def _loss(
+    model: Model, params: dict, batch: Examples, key: Any = None, routing: tuple[float, float] = (0.0, 0.0), **how: Any
+) -> tuple[Array, Array]:
     """The sum of nats and the count of tokens, with dropout if there is a key; (B, T, V) logits are never held."""
     drop = {} if key is None else {"deterministic": False, "rngs": {"dropout": key}}
-    hidden, _ = model.apply({"params": params}, **batch.inputs, **drop, method="hidden")
+    apply: Any = functools.partial(model.apply, mutable=[LOSSES])
+    (hidden, _), left = apply({"params": params}, **batch.inputs, **drop, method="hidden")
     rest = {name: part for name, part in params.items() if name not in STACKS}  # what logits can need
-    apply: Any = functools.partial(model.apply, method="logits")
-    return chunked_cross_entropy(
-        lambda rest, hidden: apply({"params": rest}, hidden), rest,
+    head: Any = functools.partial(model.apply, method="logits")
+    total, count = chunked_cross_entropy(
+        lambda rest, hidden: head({"params": rest}, hidden), rest,
         hidden, batch.targets, batch.weights, vocab_size=cast(int, model.cfg.vocab_size), **how,
     )  # fmt: skip
+    return total + sum(jnp.dot(jnp.array(routing), leaf) for leaf in jax.tree.leaves(left)), count
