@@ -87,13 +87,16 @@ def oracle(q, k, v, bias, seen, scale=None, soft_cap=None):
     return out
 
 
-@pytest.fixture(params=[*((name, 4) for name in IMPLS), ("cached", 1)], ids=str, scope="module")
+@pytest.fixture(
+    params=[*((name, 4, 8) for name in IMPLS), ("cached", 1, 16), ("blockwise", 2, 2)], ids=str, scope="module"
+)
 def impl(request):
-    """Each body, with blocks so small that there are several; and a query at a time, all heads at once."""
-    name, block = request.param
+    """Each body, with blocks so small that there are several; a query at a time, all heads at once; runs of blocks."""
+    name, block, runs = request.param
     ours.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys.modules["tx_jax.ops.attention"], "BLOCK", block)
+        patch.setattr(sys.modules["tx_jax.ops.attention"], "RUNS", runs)
         patch.setattr(sys.modules["tx_jax.ops.attention"], "LEAST", 3)
         patch.setattr(sys.modules["tx_jax.ops.attention"], "KEYS", 3)
         yield name
@@ -124,6 +127,19 @@ def test_the_function_of_jax(name, impl):
     np.testing.assert_allclose(one * rows[..., None, None], other * rows[..., None, None], rtol=0, atol=2e-6)
     for gradient, their_gradient in zip(*map(jax.tree.leaves, (gradients, their_gradients)), strict=True):
         np.testing.assert_allclose(gradient, their_gradient, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("mask", [Mask(), Mask(causal=True), Mask(causal=True, window=100)], ids=str)
+def test_memory_is_linear_in_what_is_read(mask):
+    """That of the compiled gradient, at twice the length; without a loop it was 3.8 times as much."""
+
+    def temporaries(n):
+        q = k = jax.ShapeDtypeStruct((1, n, 4, 16), jnp.float32)
+        gradient = jax.grad(lambda q, k, v: tx.attention(q, k, v, mask).sum(), (0, 1, 2))
+        return jax.jit(gradient).lower(q, k, k).compile().memory_analysis().temp_size_in_bytes
+
+    sizes = [temporaries(n) for n in (1024, 2048, 4096)]
+    assert max(sizes[1] / sizes[0], sizes[2] / sizes[1]) <= 2.2, sizes
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -1,5 +1,8 @@
 """Every rule of a mask against its definition, pair by pair; their conjunction; and the part that one block reads."""
 
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 from hypothesis import given, settings
@@ -57,12 +60,26 @@ def test_a_mask_is_the_conjunction_of_its_rules(rules):
 
 
 @settings(deadline=None)
-@given(MASKS, st.sampled_from([(0, 2, 7), (2, 5, 7), (1, 4, 4)]))
-def test_some_rows_of_a_mask_are_the_mask_of_some_rows(rules, part):
-    start, stop, k_stop = part
-    mask = make(rules)
-    got = mask.rows(start, stop, k_stop).materialize(stop - start, k_stop)
-    np.testing.assert_array_equal(got, mask.materialize(T, S)[:, start:stop, :k_stop])
+@given(MASKS, st.sampled_from([(0, 2, 0, 7), (2, 3, 1, 6), (1, 3, 3, 1)]))
+def test_a_part_of_a_mask_is_the_mask_of_a_part(rules, part):
+    (start, n, k_start, n_keys), mask = part, make(rules)
+    got = mask.rows(start, n, T).columns(k_start, n_keys, S).materialize(n, n_keys)
+    np.testing.assert_array_equal(got, mask.materialize(T, S)[:, start : start + n, k_start : k_start + n_keys])
+
+
+@settings(deadline=None)
+@given(MASKS, st.integers(0, 2), st.sampled_from([(0, 2), (2, 5), (3, 4)]))
+def test_what_is_seen_is_within_reach(rules, n_sinks, part):
+    """And all of the reach of a block is seen by one of its queries, where order says all."""
+    mask = dataclasses.replace(make(rules), n_sinks=n_sinks)
+    seen = np.flatnonzero(mask.materialize(T, S)[:, slice(*part)].any(axis=(0, 1)))
+    first, last = mask.reach(*part, S)
+    assert 0 <= first < last <= S
+    if len(seen):
+        assert first <= seen[0]
+        assert seen[-1] < last
+    if not n_sinks and all(x is None for x in jax.tree.leaves(mask)):
+        assert (first, last) == (seen[0], seen[-1] + 1)
 
 
 def test_each_rule_by_itself():

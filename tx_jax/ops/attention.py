@@ -99,9 +99,19 @@ def _floats(x: Any, like: Array) -> Array:
     return x.astype(like.dtype) if isinstance(x, Int8) else x
 
 
-def _first(k: Any, v: Any, n: int) -> tuple[Any, Any]:
-    """Those of the first n positions."""
-    return jax.tree.map(lambda leaf: leaf[..., :n], k), jax.tree.map(lambda leaf: leaf[..., :n, :], v)
+def _part(k: Any, v: Any, start: Any, n: int) -> tuple[Any, Any]:
+    """Those of the n positions from `start`, which may be traced, on."""
+    return tuple(jax.tree.map(lambda leaf, a=axis: _slice(leaf, start, n, a), x) for x, axis in ((k, 3), (v, 2)))
+
+
+def _slice(x: Array, start: Any, n: int, axis: int) -> Array:
+    """n of an axis: a slice where its start is known, whose gradient is then a pad."""
+    static = isinstance(start, int)
+    return (
+        jax.lax.slice_in_dim(x, start, start + n, axis=axis)
+        if static
+        else jax.lax.dynamic_slice_in_dim(x, start, n, axis)
+    )
 
 
 def scores(q: Float[Array, "B T N H"], k: Float[Array, "B K H S"], scale: float) -> Float[Array, "B K G T S"]:
@@ -157,31 +167,46 @@ def _plain(q, k, v, mask, bias, key, scale, soft_cap, rate):
 
 
 BLOCK = 64  # queries in a block: measured beside 128 and none on CPU (benchmarks/RESULTS.md)
+RUNS = 8  # of blocks: the blocks of one follow one another in a loop, over as many keys as the widest of them needs
 
 
-def _blockwise(q, k, v, mask, bias, key, scale, soft_cap, rate, block=None, body=_plain):
-    """A block of queries at a time, each recomputed in the backward pass: memory is linear in T."""
-    T, S, block = q.shape[1], k.shape[3], block or BLOCK
-    plain_order = mask.causal and mask.q_positions is None and mask.k_positions is None and mask.prefix is None
+def _blockwise(q, k, v, mask, bias, key, scale, soft_cap, rate, block=None, body=_plain, runs=None):
+    """A block of queries at a time, each recomputed in the backward pass: memory is linear in T.
 
-    @functools.partial(jax.checkpoint, static_argnums=(0, 1))
-    def rows(start, stop, q, k, v, mask, bias, key):
-        seen = min(stop, S) if plain_order else S  # later keys are masked for the whole block
-        part = None if bias is None else bias[:, :, start:stop, :seen]
-        key = None if key is None else jax.random.fold_in(key, start)
-        return body(
-            q[:, start:stop],
-            *_first(k, v, seen),
-            mask.rows(start, stop, seen),
-            part,
-            key,
-            scale,
-            soft_cap,
-            rate,
-        )
+    Keys out of a block's reach are left out. A block of its own is quicker than a loop of blocks, but XLA may have all
+    of them in memory at once: up to RUNS blocks are runs of one.
+    """
+    (B, T, N, _), (S, Hv), block = q.shape, v.shape[2:], min(block or BLOCK, q.shape[1])
+    n_whole = T // block
+    size = -(-n_whole // (runs or RUNS))  # blocks in a run
 
-    blocks = [rows(start, min(start + block, T), q, k, v, mask, bias, key) for start in range(0, T, block)]
-    return jnp.concatenate(blocks, axis=1)
+    def run(first: int, n_blocks: int, n: int) -> Array:
+        """The result for n_blocks blocks of n queries from the first query on."""
+        starts = range(first, first + n_blocks * n, n)
+        reaches = [mask.reach(start, start + n, S) for start in starts]
+        width = max(stop - start for start, stop in reaches)
+        keys = [min(start, S - width) for start, _ in reaches]
+
+        def rows(q: Array, bias: Array | None, start: Any, key_start: Any) -> Array:
+            seen = mask.rows(start, n, T).columns(key_start, width, S)
+            part = None if bias is None else _slice(bias, key_start, width, 3)
+            drawn = None if key is None else jax.random.fold_in(key, start)
+            return body(q, *_part(k, v, key_start, width), seen, part, drawn, scale, soft_cap, rate)
+
+        at = slice(first, first + n_blocks * n)
+        if n_blocks == 1:
+            recomputed = jax.checkpoint(functools.partial(rows, start=first, key_start=keys[0]))
+            return recomputed(q[:, at], None if bias is None else bias[:, :, at])
+        qs = q[:, at].reshape(B, n_blocks, n, N, -1).swapaxes(0, 1)
+        biases = None if bias is None else jnp.moveaxis(bias[:, :, at].reshape(-1, N, n_blocks, n, S), 2, 0)
+        fixed = keys[0] if len(set(keys)) == 1 else None
+        recomputed = jax.checkpoint(lambda x: rows(*x[:3], x[3] if fixed is None else fixed), prevent_cse=False)
+        out = jax.lax.map(recomputed, (qs, biases, jnp.array(starts), jnp.array(keys)))
+        return out.swapaxes(0, 1).reshape(B, -1, N, Hv)
+
+    parts = [(first * block, min(size, n_whole - first), block) for first in range(0, n_whole, size)]
+    rest = [(n_whole * block, 1, T % block)] if T % block else []
+    return jnp.concatenate([run(*part) for part in parts + rest], axis=1)
 
 
 LEAST = 256  # keys that are attended in any case
@@ -197,7 +222,7 @@ def _within_reach(q, k, v, mask, bias, key, scale, soft_cap, rate):
 
     def first(n):
         part = None if bias is None else bias[..., :n]
-        return lambda: _plain(q, *_first(k, v, n), mask.rows(0, T, n), part, key, scale, soft_cap, rate)
+        return lambda: _plain(q, *_part(k, v, 0, n), mask.columns(0, n, S), part, key, scale, soft_cap, rate)
 
     enough = (mask.n_keys(T, S) > jnp.array(sizes[:-1], jnp.int32)).sum()
     return jax.lax.switch(enough, [first(n) for n in sizes])
@@ -219,12 +244,8 @@ def _by_keys(q, k, v, mask, bias, key, scale, soft_cap, rate):
         start = jnp.minimum(i * width, S - width)  # the last block overlaps the one before, where it is not counted
         seen = mask.columns(start, width, S).materialize(T, width) & (start + jnp.arange(width) >= i * width)
 
-        def here(x: Any, axis: int) -> Array:
-            part = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, width, axis), x)
-            return _floats(part, q)
-
-        vs = here(v, 2)
-        found = scores(q, here(k, 3), scale)
+        ks, vs = (_floats(x, q) for x in _part(k, v, start, width))
+        found = scores(q, ks, scale)
         if soft_cap is not None:
             found = soft_cap * jnp.tanh(found / soft_cap)
         if bias is not None:
@@ -258,5 +279,5 @@ BODIES = {
     "chunk": functools.partial(_blockwise, body=_by_keys, block=QUERIES),
     # For a few queries over keys laid out for reading, which XLA on CPU reads at a quarter of memory's speed in a
     # product with two vectors or more, but at all of it with one (benchmarks/beam.py).
-    "by_query": functools.partial(_blockwise, block=1),
+    "by_query": functools.partial(_blockwise, block=1, runs=16),  # as many as modules.attention.MOST
 }

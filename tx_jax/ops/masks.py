@@ -7,6 +7,7 @@ slots and source padding alike: **a position is an integer ≥ 0, and −1 means
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -63,21 +64,24 @@ class Mask:
             seen &= k <= last[:, None]
         return jnp.where(seen.any(axis=0), jnp.arange(1, k_len + 1), 0).max()
 
-    def columns(self, start: Int[Array, ""], width: int, k_len: int) -> "Mask":
-        """The description for `width` of k_len keys, from `start`, which may be traced, on."""
-        k = jnp.arange(k_len)[None] if self.k_positions is None else self.k_positions
-        k, segments = (
-            x if x is None else jax.lax.dynamic_slice_in_dim(x, start, width, axis=1) for x in (k, self.k_segments)
-        )
-        return dataclasses.replace(self, k_positions=k, k_segments=segments)
+    def reach(self, start: int, stop: int, k_len: int) -> tuple[int, int]:
+        """The first and the last + 1 of k_len keys that the queries start:stop may see, as far as order alone says."""
+        if self.q_positions is not None or self.k_positions is not None or self.prefix is not None:
+            return 0, k_len
+        window = k_len + stop if self.window is None or self.n_sinks else self.window
+        last = min(k_len, stop if self.causal else stop + window - 1)
+        return max(0, min(start - window + 1, last - 1)), last
 
-    def rows(self, start: int, stop: int, k_stop: int) -> "Mask":
-        """The description for the queries start:stop and the keys up to k_stop."""
-        q = jnp.arange(start, stop)[None] if self.q_positions is None else self.q_positions[:, start:stop]
-        return dataclasses.replace(
-            self,
-            q_positions=q,
-            k_positions=None if self.k_positions is None else self.k_positions[:, :k_stop],
-            q_segments=None if self.q_segments is None else self.q_segments[:, start:stop],
-            k_segments=None if self.k_segments is None else self.k_segments[:, :k_stop],
-        )
+    def rows(self, start: Int[Array, ""] | int, n: int, q_len: int) -> "Mask":
+        """The description for n of q_len queries, from `start`, which may be traced, on."""
+        q = jnp.arange(q_len)[None] if self.q_positions is None else self.q_positions
+        return dataclasses.replace(self, q_positions=_part(q, start, n), q_segments=_part(self.q_segments, start, n))
+
+    def columns(self, start: Int[Array, ""] | int, n: int, k_len: int) -> "Mask":
+        """The description for n of k_len keys, from `start`, which may be traced, on."""
+        k = jnp.arange(k_len)[None] if self.k_positions is None else self.k_positions
+        return dataclasses.replace(self, k_positions=_part(k, start, n), k_segments=_part(self.k_segments, start, n))
+
+
+def _part(x: Array | None, start: Any, n: int) -> Array | None:
+    return None if x is None else jax.lax.dynamic_slice_in_dim(x, start, n, axis=1)
