@@ -200,7 +200,9 @@ def _blockwise(q, k, v, mask, bias, key, scale, soft_cap, rate, block=None, body
         qs = q[:, at].reshape(B, n_blocks, n, N, -1).swapaxes(0, 1)
         biases = None if bias is None else jnp.moveaxis(bias[:, :, at].reshape(-1, N, n_blocks, n, S), 2, 0)
         fixed = keys[0] if len(set(keys)) == 1 else None
-        recomputed = jax.checkpoint(lambda x: rows(*x[:3], x[3] if fixed is None else fixed), prevent_cse=False)
+        recomputed = jax.checkpoint(
+            lambda x: rows(x[0], x[1], x[2], x[3] if fixed is None else fixed), prevent_cse=False
+        )
         out = jax.lax.map(recomputed, (qs, biases, jnp.array(starts), jnp.array(keys)))
         return out.swapaxes(0, 1).reshape(B, -1, N, Hv)
 
