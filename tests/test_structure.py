@@ -11,7 +11,8 @@ PACKAGE = Path(__file__).parents[1] / "tx_jax"
 RANKS = {  # of every module of the package
     "errors": -3, "config_checks": -1, "config_json": -1,
     "config": 0, "run_config": 1,
-    "ops.masks": -2, "ops.spread": -1, "ops.int8": -1, "fuse": 0, "ops.attention": 0, "ops.positions": 0,
+    "ops.masks": -2, "ops.spread": -1, "ops.int8": -1, "fuse": 0, "ops.kernels": 0, "ops.attention": 1,
+    "ops.positions": 0,
     "training.losses": 0, "decoding.rules": 0, "decoding.samplers": 1, "decoding.automaton": 0, "decoding.grammar": 1,
     "data.tokenizers": -2, "data.wheels": -1, "data.corpora": 0, "data.batches": 0, "data.objectives": 1,
     "convert.files": 0, "convert.named": 0,
@@ -73,7 +74,7 @@ def test_imports_go_down(name):
 
 @pytest.mark.parametrize("name", PURE)
 def test_arrays_in_arrays_out(name):
-    assert own_imports(name) <= {"errors", "ops.int8", "ops.masks", "ops.spread"}
+    assert own_imports(name) <= {"errors", "ops.int8", "ops.kernels", "ops.masks", "ops.spread"}
 
 
 @pytest.mark.parametrize("name", RANKS)

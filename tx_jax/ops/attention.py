@@ -13,8 +13,9 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from tx_jax.errors import require
 from tx_jax.ops.int8 import Int8
+from tx_jax.ops.kernels import KERNELS, OF_BACKEND, by_kernel, why_not
 from tx_jax.ops.masks import Mask
-from tx_jax.ops.spread import over_sequence
+from tx_jax.ops.spread import over_mesh
 
 
 def attention(
@@ -38,15 +39,15 @@ def attention(
         scale: what scores are multiplied by; None is 1/√H.
         soft_cap: scores become soft_cap · tanh(scores / soft_cap).
         dropout_rate: of the weights, where dropout_key is given.
-        impl: a key of BODIES, or "auto": blockwise for more than BLOCK queries, otherwise xla; but on a CPU for queries
-            beside earlier keys, chunk for more than BLOCK, otherwise cached.
+        impl: a key of BODIES, or "auto": on a GPU or TPU its kernel, where that can do it. Otherwise blockwise for more
+            than BLOCK queries, xla for fewer; but on a CPU for queries beside earlier keys, chunk or cached.
 
     >>> q = k = v = jnp.ones((1, 3, 2, 4))
     >>> attention(q, k, v, Mask(causal=True)).shape
     (1, 3, 2, 4)
 
     Raises:
-        InputError: the shapes do not fit together, or impl is unknown.
+        InputError: the shapes do not fit together, or impl is unknown, or a kernel that cannot do this.
     Source: Vaswani et al. 2017, eq. 1; grouped queries: Ainslie et al. 2023; soft cap: Gemma 2, §2.
     """
     _check_shapes(q, k, v)
@@ -71,14 +72,21 @@ def laid_attention(
     impl: str = "auto",
 ) -> Float[Array, "B T N Hv"]:
     """`attention` over keys and values laid out as its two products read them, which is how a cache holds them."""
-    if impl == "auto":
+    rate = 0.0 if dropout_key is None else dropout_rate
+    wanted = OF_BACKEND.get(jax.default_backend()) if impl == "auto" else impl
+    lacks = why_not(wanted, q, k, v, mask, bias, soft_cap, rate) if wanted in KERNELS else None
+    if impl != "auto":
+        require(impl in BODIES, f"impl={impl!r} is not one of auto, {', '.join(BODIES)}")
+        require(lacks is None, f"impl={impl!r} does not do {lacks}; use auto, or blockwise")
+    elif wanted and not lacks:
+        impl = wanted
+    else:
         cached = mask.causal and mask.k_positions is not None and q.shape[1] < k.shape[3]
         beside = cached and jax.default_backend() == "cpu"
         impl = AUTO[beside, q.shape[1] > BLOCK]
-    require(impl in BODIES, f"impl={impl!r} is not one of auto, {', '.join(BODIES)}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    rate = 0.0 if dropout_key is None else dropout_rate
-    return over_sequence(BODIES[impl], q, k, v, mask, bias, dropout_key, scale, soft_cap, rate)
+    everywhere = impl in KERNELS  # which XLA does not split among devices
+    return over_mesh(BODIES[impl], everywhere, q, k, v, mask, bias, dropout_key, scale, soft_cap, rate)
 
 
 AUTO = {  # by whether queries are beside earlier keys on a CPU, and whether they are many
@@ -282,4 +290,5 @@ BODIES = {
     # For a few queries over keys laid out for reading, which XLA on CPU reads at a quarter of memory's speed in a
     # product with two vectors or more, but at all of it with one (benchmarks/beam.py).
     "by_query": functools.partial(_blockwise, block=1, runs=16),  # as many as modules.attention.MOST
+    **{name: functools.partial(by_kernel, name, _blockwise) for name in KERNELS},
 }

@@ -29,18 +29,29 @@ def gathered(table: Any) -> Any:
     return table if spec is None else jax.lax.with_sharding_constraint(table, spec)
 
 
-def over_sequence(body: Callable, q: Array, k: Any, v: Any, mask: Mask, bias: Any, key: Any, *rest: Any) -> Array:
+def n_sequence_parts() -> int:
+    """Parts of a sequence on the mesh."""
+    return jax.sharding.get_abstract_mesh().shape.get(TOKENS, 1)
+
+
+def over_mesh(
+    body: Callable, everywhere: bool, q: Array, k: Any, v: Any, mask: Mask, bias: Any, key: Any, *rest: Any
+) -> Array:
     """body(q, k, v, …) of `attention`, each device with its own queries of a sequence that the mesh splits.
+
+    Args:
+        everywhere: also where the mesh splits rows and heads alone, which XLA does by itself.
 
     Keys and values come from all devices (all-gather), which is less to hold and to send than scores would be; nothing
     but them is as long as the whole. What XLA would split by itself, it would first put together.
     """
-    n = jax.sharding.get_abstract_mesh().shape.get(TOKENS, 1)
-    if n == 1 or q.shape[1] % n:
+    n = n_sequence_parts()
+    shares = (everywhere and jax.sharding.get_abstract_mesh().shape) or (n > 1 and q.shape[1] % n == 0)
+    if not shares:
         return body(q, k, v, mask, bias, key, *rest)
     split = layout(v.shape, None, HEADS)
     heads = HEADS if split and split[1] else None  # of keys, and then of their queries
-    q_positions = jnp.arange(q.shape[1])[None] if mask.q_positions is None else mask.q_positions
+    q_positions = jnp.arange(q.shape[1])[None] if mask.q_positions is None and n > 1 else mask.q_positions
     fields = {
         "q_positions": (q_positions, ROWS, TOKENS),
         "k_positions": (mask.k_positions, ROWS),
