@@ -198,16 +198,17 @@ def main(args: Args) -> None:
     if "torch" in sides:
         sides["torch"].check(held_out[0])
     seconds, counts, sums = ({name: [] for name in names}, [], dict.fromkeys(names))
-    at = task.batches.get_state()
-    shapes = {(b.source.shape, b.tokens.shape): b for b in (next(task.batches) for _ in range(300))}
-    task.batches.set_state(at)
+    source = iter(task.batches)
+    at = source.get_state()
+    shapes = {(b.source.shape, b.tokens.shape): b for b in (next(source) for _ in range(300))}
+    source.set_state(at)
     for side in sides.values():  # compile every shape before the clock runs
         for batch in shapes.values():
             float(side.step(batch, 0.0))
         side.begin()
     for done in range(0, n_steps, args.turn):
         steps = range(done, min(done + args.turn, n_steps))
-        batches = [next(task.batches) for _ in steps]
+        batches = [next(source) for _ in steps]
         counts.append(sum(batch.n_tokens for batch in batches))
         losses = {}
         for name, side in sides.items():

@@ -17,6 +17,7 @@ RANKS = {  # of every module of the package
     "data.tokenizers": -2, "data.wheels": -1, "data.corpora": 0, "data.batches": 0, "data.objectives": 1,
     "convert.files": 0, "convert.named": 0,
     "data.libraries": -1, "data.byte_ranks": 0, "data.sentencepieces": 0, "data.subwords": 1,
+    "data.token_files": 0, "data.packing": 1, "data.prepare": 12,
     "data.pairs": 1, "data.buckets": 1, "data.trained": 2, "data.token_bytes": 2,
     "data.vocabularies": 2, "data.vocabulary_files": 3, "data.chat": 2, "data.chat_template": -3,
     "stacked": 0, "processes": 0,
@@ -33,7 +34,7 @@ RANKS = {  # of every module of the package
     "evaluation": 11, "sentences": 7, "translate": 9, "inspect": 10,
     "convert.layouts": 0, "convert.gguf": 1, "convert.fields": 1, "convert.mapping": 6, "convert.family": 7,
     "convert.decoders": 8, "convert.encoders": 8, "convert.gguf_models": 8, "convert.pretrained": 9,
-    "convert.sources": 10, "convert.__main__": 11, "training.start": 11, "writing": 11,
+    "convert.sources": 10, "convert.__main__": 11, "training.start": 11, "training.samples": 11, "writing": 11,
     "batch_output": 3, "batch_input": 12, "batch_job": 13, "training.tasks": 12, "training.loop": 13,
     "": 11,  # the public surface
 }  # fmt: skip

@@ -112,6 +112,18 @@ def check_batch(batch_size: int, n_parts: int, accumulate_steps: int = 1) -> Non
     )
 
 
+def rows_here(mesh: Mesh | None, batch_size: int) -> np.ndarray | None:
+    """Which rows of a batch the devices of this process have, as booleans; None: all, as there is no other process."""
+    if mesh is None or jax.process_count() == 1:
+        return None
+    check_batch(batch_size, math.prod(mesh.shape[axis] for axis in BATCH_AXES))
+    own = np.zeros(batch_size, bool)
+    where: Any = NamedSharding(mesh, P(BATCH_AXES)).addressable_devices_indices_map((batch_size,))
+    for (rows,) in where.values():
+        own[rows] = True
+    return own
+
+
 def jit_step(step: Callable, state: Any, mesh: Mesh | None = None) -> Launcher:
     """`step` on a mesh (None: of one device), which may be of many hosts: parameters by RULES, the batch by its axes.
 

@@ -33,7 +33,8 @@ class DataConfig:
 
     objective: Objective = "next_token"  # next_token | prefix_lm | masked_lm | span_corruption: of text; translate
     corpus: Corpus = "tiny_shakespeare"  # used when path is None
-    path: str | None = None  # a UTF-8 text file, or a directory of *.txt, of your own; translate: a TSV, or sources
+    path: str | None = None  # a UTF-8 text, a directory of *.txt, or token files; translate: a TSV, or sources
+    mixture: str | None = None  # token files, with their shares of the tokens: wiki=3,code=1
     target_path: str | None = None  # translate: the targets, where path has a source a line
     bad_lines: Literal["refuse", "skip"] = "refuse"  # translate: what is done with lines that are no pair, or too long
     tokenizer: TokenizerKind = "char"  # char | byte | bpe, learnt from the text
@@ -53,6 +54,8 @@ class DataConfig:
         makes = self.corpus != "tiny_shakespeare"  # pairs
         rule = f"corpus={self.corpus!r} is not for objective={self.objective!r}; give --data.path, or another corpus"
         require(self.path is not None or pairs == makes, rule)
+        told = self.mixture is None or (self.path is None and self.objective == "next_token")
+        require(told, f"mixture={self.mixture!r} goes with objective='next_token' and without a path; leave that out")
         files = self.target_path is None or (pairs and self.path is not None)
         rule = f"target_path={self.target_path!r} goes with objective='translate' and a path of sources"
         require(files, f"{rule}; give both, or leave it out")

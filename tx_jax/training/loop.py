@@ -8,30 +8,34 @@ import contextlib
 import functools
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from tx_jax import checkpoint
+from tx_jax.complexity import make_train_flops
 from tx_jax.convert.sources import AnyTokenizer, load_pretrained
 from tx_jax.data.vocabulary_files import find_tokenizer
 from tx_jax.errors import require
 from tx_jax.inspect import plot_metrics
 from tx_jax.models import Model, build
-from tx_jax.parallel import AXIS, Launcher, check_batch, check_mesh, jit_step, make_mesh, placed, pmap_step
+from tx_jax.parallel import AXIS, Launcher, check_batch, check_mesh, jit_step, make_mesh, placed, pmap_step, rows_here
 from tx_jax.processes import any_says, check_same, first_says, gathered, is_first
 from tx_jax.run_config import MeshConfig, RunConfig
 from tx_jax.run_dir import claim_run_dir, fields_of
 from tx_jax.stacked import stack_layers, unstack_layers
 from tx_jax.training.optim import make_optimizer, make_schedule
-from tx_jax.training.report import Report
+from tx_jax.training.report import Ready, Report
 from tx_jax.training.start import first_state, make_assemble
-from tx_jax.training.step import Examples, TrainState, make_eval_step, make_train_step
-from tx_jax.training.tasks import open_task
+from tx_jax.training.step import TrainState, make_eval_step, make_train_step
+from tx_jax.training.tasks import Task, open_task
+
+if TYPE_CHECKING:
+    import grain
 
 
 def fit(cfg: RunConfig) -> TrainState:
@@ -47,7 +51,8 @@ def fit(cfg: RunConfig) -> TrainState:
 def _fit(cfg: RunConfig, stop: threading.Event) -> TrainState:
     run_dir = Path(cfg.run_dir)
     check_same(fields_of(cfg))
-    task = open_task(cfg)
+    mesh = choose_mesh(cfg.mesh)
+    task = open_task(cfg, rows_here(mesh, cfg.data.batch_size))
     cfg, train = task.cfg, task.cfg.train
     model = build(cfg.model, train.remat)
     optimizer = make_optimizer(cfg.optim, train.n_steps, cfg.model.width_ratio)
@@ -56,7 +61,6 @@ def _fit(cfg: RunConfig, stop: threading.Event) -> TrainState:
     start = functools.partial(first_state, cfg.lora, model, optimizer, ema=cfg.keeps_mean)
     state = jax.eval_shape(start, jax.random.key(0))
     n_trained = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    mesh = choose_mesh(cfg.mesh)
     if mesh is not None:
         check_mesh(mesh, cfg.model)
     launch = make_launcher(cfg, model, optimizer, jax.eval_shape(stack, state), mesh)
@@ -68,11 +72,13 @@ def _fit(cfg: RunConfig, stop: threading.Event) -> TrainState:
     def whole(state: TrainState) -> dict:
         return assemble(*unstack(launch.host_state((state.ema if cfg.keeps_mean else state.params, state.frozen))))
 
+    flops_of = make_train_flops(cfg.model, adapters=cfg.lora.rank > 0)
+    batches = prefetch(task.batches, lambda batch: Ready(launch.put_batch(batch), batch.n_tokens, flops_of(batch)))
     step = first_says(lambda: claim(run_dir, cfg, task.tokenizer))
     if step:
         state, data = resume(run_dir, state if mesh is None else placed(state, mesh))
         check_text(run_dir, data["text_sha256"], task.sha256)
-        task.batches.set_state(data["batches"])
+        batches.set_state(data["batches"])
         state = launch.make_state(stack)(state)
     else:
         params = None if task.load is None else task.load(mesh)
@@ -81,13 +87,13 @@ def _fit(cfg: RunConfig, stop: threading.Event) -> TrainState:
         state = begin(params, jax.random.key(train.seed))
         checkpoint.save_base(run_dir, launch.host_state(state.frozen))
 
-    with Report(cfg, step, n_trained) as report:
+    with contextlib.closing(batches), Report(cfg, step, n_trained) as report:
         with checkpoint.saver(run_dir, train.keep) as save:
             last = step == train.n_steps
             while not last:
-                batch = report.next(task.batches)
+                batch = report.next(batches)
                 report.trace(step + 1)
-                state, metrics = launch.step(state, launch.put_batch(batch))
+                state, metrics = launch.step(state, batch)
                 step += 1
                 logs = due(step, train.log_every) or step == report.first
                 asks = jax.process_count() == 1 or logs  # once a step or, of all processes, where they wait anyway
@@ -97,15 +103,15 @@ def _fit(cfg: RunConfig, stop: threading.Event) -> TrainState:
                 if due(step, train.eval_every, train.n_steps):
                     with report.pause(metrics):
                         params = whole(state)
-                        loss = mean_loss(evaluate, params, task.held_out)
-                        report.validation(step, {"valid_loss": loss} | task.score(model, gathered(params)))
+                        found = losses(evaluate, params, task)
+                        report.validation(step, found | task.score(model, gathered(params)))
                 if due(step, train.sample_every, train.n_steps):
                     with report.pause(metrics):
                         key = jax.random.fold_in(jax.random.key(train.seed), step)
                         report.sample(step, task.sample(model, gathered(whole(state)), key))
                 if due(step, train.save_every) or last:
                     with report.pause(metrics):
-                        data = {"batches": task.batches.get_state(), "text_sha256": task.sha256}
+                        data = {"batches": batches.get_state(), "text_sha256": task.sha256}
                         save(step, unstack(launch.host_state(state.moving)), data)
                         if is_first():
                             plot_metrics(run_dir)
@@ -114,6 +120,13 @@ def _fit(cfg: RunConfig, stop: threading.Event) -> TrainState:
             report.test(step, task.test(model, params))
         report.end(step, stopped=step < train.n_steps)
     return unstack(launch.host_state(state))
+
+
+def prefetch(batches: "grain.IterDataset", ready: Callable[[Any], Ready]) -> Any:
+    """An iterator over batches that are on the devices before they are asked for; its state is that of the last."""
+    from grain import experimental
+
+    return iter(experimental.ThreadPrefetchIterDataset(batches.map(ready), prefetch_buffer_size=2))
 
 
 def make_layouts(cfg: RunConfig) -> tuple[Callable, Callable]:
@@ -186,12 +199,13 @@ def make_launcher(cfg: RunConfig, model: Model, optimizer, state: TrainState, me
     return jit_step(make_train_step(model, optimizer, **how), state, mesh)
 
 
-def mean_loss(evaluate, params: dict, batches: Sequence[Examples]) -> float:
-    """Nats per token over all batches."""
+def losses(evaluate, params: dict, task: Task) -> dict[str, float]:
+    """Over all that is held out, nats per token and, where they are of one text, bits per byte."""
     # One at a time: on CPU, programs of many devices that run at once can wait for each other for ever.
-    sums = [jax.device_get(evaluate(params, batch)) for batch in batches]
+    sums = [jax.device_get(evaluate(params, task.held_out[i])) for i in range(len(task.held_out))]
     total, count = np.sum(sums, axis=0)
-    return float(total / count)
+    bits = {} if task.n_bytes is None else {"bits_per_byte": float(total / np.log(2) / task.n_bytes)}
+    return {"valid_loss": float(total / count)} | bits
 
 
 @contextlib.contextmanager

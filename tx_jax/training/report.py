@@ -8,13 +8,12 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from tx_jax.complexity import make_train_flops
 from tx_jax.models import count_params
 from tx_jax.processes import is_first
 from tx_jax.run_config import RunConfig
@@ -24,13 +23,21 @@ from tx_jax.training.step import Metrics
 TRACED = 5  # steps of a profile
 
 
+class Ready(NamedTuple):
+    """A batch on the devices."""
+
+    batch: Any
+    n_tokens: int
+    flops: float  # that a step on it needs
+
+
 class Report:
     """Speaks for one run. Speeds leave out the first step, which compiles, and evaluating, sampling and saving."""
 
     def __init__(self, cfg: RunConfig, step: int, n_trained: int):
         self.cfg, self.first, self.n_trained = cfg, step + 1, n_trained
         self.run_dir = Path(cfg.run_dir)
-        self.flops_of, self.peak = make_train_flops(cfg.model, adapters=cfg.lora.rank > 0), peak_flops()
+        self.peak = peak_flops()
         self.n_tokens, self.flops, self.waited = 0, 0.0, 0.0  # since the last report
         self.quiet = not is_first()  # that process speaks for all
         self.console = Console(
@@ -76,12 +83,12 @@ class Report:
         """One line for a person."""
         self.console.print(text, markup=False)
 
-    def next(self, batches: Iterator[Any]) -> Any:
+    def next(self, batches: Iterator[Ready]) -> Any:
         """The next batch, which is counted, and the time that the step waits for it."""
         start = time.perf_counter()
-        batch = next(batches)
+        batch, n_tokens, flops = next(batches)
         self.waited += time.perf_counter() - start
-        self.n_tokens, self.flops = self.n_tokens + batch.n_tokens, self.flops + self.flops_of(batch)
+        self.n_tokens, self.flops = self.n_tokens + n_tokens, self.flops + flops
         return batch
 
     def trace(self, step: int | None) -> None:

@@ -16,7 +16,6 @@ from jaxtyping import PRNGKeyArray
 from tx_jax.checkpoint import latest_step
 from tx_jax.config import OF_THE_RUN, ModelConfig
 from tx_jax.convert.sources import AnyTokenizer, find_source, load_tokenizer, open_source
-from tx_jax.data.trained import train_tokenizer
 from tx_jax.errors import require
 from tx_jax.lora import init_lora, merge_lora
 from tx_jax.models import Model, init_params
@@ -33,17 +32,18 @@ class Start(NamedTuple):
     load: Callable[[Mesh | None], dict] | None = None  # (mesh) → parameters; None: the run's own, or fresh
 
 
-def open_start(cfg: RunConfig, text: str, special_tokens: Sequence[str] = ()) -> Start:
-    """The start of a run on a text. One that goes on needs nothing but its run directory.
+def open_start(cfg: RunConfig, make_tokenizer: Callable[[], AnyTokenizer], special_tokens: Sequence[str] = ()) -> Start:
+    """The start of a run. One that goes on needs nothing but its run directory.
 
     Args:
-        special_tokens: that the tokenizer has besides.
+        make_tokenizer: of a run without cfg.init.
+        special_tokens: that the objective needs of it.
 
     Raises:
         InputError: the tokenizer cannot be made, cfg.init is not there, or the two do not fit together.
     """
     if cfg.init is None:
-        tokenizer = train_tokenizer(cfg.data.tokenizer, text, cfg.data.vocab_size, special_tokens)
+        tokenizer = make_tokenizer()
         return Start(dataclasses.replace(cfg, model=fill_vocabulary(cfg.model, tokenizer)), tokenizer)
     if latest_step(cfg.run_dir):  # 0: weights that were put there, with which nothing was trained
         model, tokenizer, load = read_config(cfg.run_dir).model, load_tokenizer(cfg.run_dir), None

@@ -6,19 +6,17 @@ Text and pairs have a function each; both give a Task, and the loop asks no furt
 import dataclasses
 import functools
 import hashlib
+import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from tx_jax.convert.sources import AnyTokenizer
 from tx_jax.data.batches import (
-    Batch,
     Objective,
-    PairBatch,
     next_token,
     split,
     train_batches,
@@ -28,17 +26,23 @@ from tx_jax.data.batches import (
 from tx_jax.data.buckets import train_pair_batches, valid_pair_batches
 from tx_jax.data.corpora import load_text
 from tx_jax.data.objectives import mask_tokens, pair_lengths, prefix_lm, span_corruption, span_lengths
+from tx_jax.data.packing import cut, held_out_batches, packed_batches, split_documents
 from tx_jax.data.pairs import Pairs, by_source, load_pairs, report_faults, split_pairs
 from tx_jax.data.subwords import SubwordTokenizer
-from tx_jax.decoding.generate import generate
-from tx_jax.decoding.samplers import Sampler
+from tx_jax.data.token_files import is_token_files, open_token_files
+from tx_jax.data.tokenizers import utf8
+from tx_jax.data.trained import train_tokenizer
+from tx_jax.data.vocabulary_files import find_tokenizer
 from tx_jax.errors import require
 from tx_jax.run_config import DataConfig, RunConfig
+from tx_jax.training.samples import SAMPLES, Sample, go_on
 from tx_jax.training.start import open_start
 from tx_jax.translate import score_texts, translate
 
+if TYPE_CHECKING:
+    import grain
+
 Scores = dict[str, float]
-Sample = Callable[[Any, dict, jax.Array], str]  # (model, params, key) → a text that shows what was learnt
 
 
 class Task(NamedTuple):
@@ -48,26 +52,80 @@ class Task(NamedTuple):
     tokenizer: AnyTokenizer
     load: Callable[[Mesh | None], dict] | None  # (mesh) → parameters to begin with; None: the run's own, or fresh
     sha256: str  # of what is read: a place in other data would mean nothing
-    batches: Any  # an endless iterator with get_state and set_state
-    held_out: Sequence[Any]  # Examples
+    batches: "grain.IterDataset"  # without end, the same in every process
+    held_out: Any  # Examples, by their number from 0 to len(held_out)
     sample: Sample
+    n_bytes: int | None = None  # of the text that is held out; None: loss and text are not of the same tokens
     score: Callable[[Any, dict], Scores] = lambda model, params: {}  # of a fixed part of the validation split
     test: Callable[[Any, dict], Scores] | None = None  # of the whole test split, at the end
 
 
-def open_task(cfg: RunConfig) -> Task:
+def open_task(cfg: RunConfig, own: np.ndarray | None = None) -> Task:
     """The task that cfg.data describes.
+
+    Args:
+        own: rows of a batch that this process has. Of token files it reads no others; a text is in memory whole.
 
     Raises:
         InputError: what is to be read is not there or will not do, or does not fit the model.
     """
+    if cfg.data.mixture is not None or is_token_files(cfg.data.path):
+        return token_task(cfg, own)
     return (translation_task if cfg.data.objective == "translate" else text_task)(cfg)
+
+
+def token_task(cfg: RunConfig, own: np.ndarray | None) -> Task:
+    """Token files, whose documents are packed."""
+    data, shape = cfg.data, {"seq_len": cfg.data.seq_len, "batch_size": cfg.data.batch_size}
+    parts = [(str(data.path), 1.0)] if data.mixture is None else parse_mixture(data.mixture)
+    rule = f"token files are for data.objective='next_token', not {data.objective!r}"
+    require(data.objective == "next_token", f"{rule}; give a text")
+    files = [open_token_files(path) for path, _ in parts]
+    tokenizers = [find_tokenizer(part.directory / "tokenizer") for part in files]
+    for part, tokenizer in zip(files, tokenizers, strict=True):
+        same = tokenizer is not None and tokenizer == tokenizers[0]
+        require(same, f"{part.directory} has another tokenizer than {files[0].directory}; prepare it with that one")
+    cfg, tokenizer, load = open_start(cfg, lambda: cast(AnyTokenizer, tokenizers[0]))
+    rule = f"init={cfg.init!r} has another tokenizer than {files[0].directory}"
+    require(tokenizer == tokenizers[0], f"{rule}; prepare it with --tokenizer {cfg.init}")
+    n_train = [split_documents(part, data.valid_fraction) for part in files]
+    pieces = [cut(part, data.seq_len) for part in files]
+    firsts = [part.of_documents(n) for part, n in zip(pieces, n_train, strict=True)]
+    sources = [(part, n, share) for part, n, (_, share) in zip(pieces, firsts, parts, strict=True)]
+    held_out = held_out_batches([(part, n) for part, n, _ in sources], **shape, own=own)
+    if cfg.train.sample_prompt is None:
+        ids = pieces[0].read(firsts[0])[:PROMPT]
+        train = dataclasses.replace(cfg.train, sample_prompt=tokenizer.decode(ids) or "\n")
+        cfg = dataclasses.replace(cfg, train=train)
+    return Task(
+        cfg, tokenizer, load, hashlib.sha256("".join(part.sha256 for part in files).encode()).hexdigest(),
+        packed_batches(sources, **shape, seed=cfg.train.seed, own=own), held_out, go_on(cfg, tokenizer),
+        sum(int(part.lengths[n:, 1].sum()) for part, n in zip(files, n_train, strict=True)),
+    )  # fmt: skip
+
+
+def parse_mixture(mixture: str) -> list[tuple[str, float]]:
+    """Directories with their shares.
+
+    >>> parse_mixture("wiki=3,code=0.5")
+    [('wiki', 3.0), ('code', 0.5)]
+
+    Raises:
+        InputError: it is not of this form, or a share is not above 0.
+    """
+    found = []
+    for part in mixture.split(","):
+        path, _, share = part.rpartition("=")
+        ok = re.fullmatch(r"\d+(\.\d*)?|\.\d+", share) and float(share) > 0
+        require(path and ok, f"mixture={mixture!r} has {part!r}, which is not DIRECTORY=SHARE; write wiki=3,code=1")
+        found.append((path, float(share)))
+    return found
 
 
 def text_task(cfg: RunConfig) -> Task:
     """Texts, cut into crops."""
-    text = load_text(cfg.data.path, cfg.data.corpus)
-    cfg, tokenizer, load = open_start(cfg, text, special_tokens(cfg.data))
+    text, special = load_text(cfg.data.path, cfg.data.corpus), special_tokens(cfg.data)
+    cfg, tokenizer, load = open_start(cfg, make_tokenizer(cfg.data, text, special), special)
     check_objective(cfg)
     train = cfg.train
     if train.sample_prompt is None and cfg.model.stack == "decoder":
@@ -76,15 +134,21 @@ def text_task(cfg: RunConfig) -> Task:
     train_ids, valid_ids = split(tokenizer.encode(text), cfg.data.valid_fraction)
     shape = {"seq_len": cfg.data.seq_len, "batch_size": cfg.data.batch_size}
     objective = make_objective(cfg.data.objective, tokenizer)
+    n_bytes = None
     if objective is next_token:
-        held_out = valid_batches(valid_ids, **shape)
+        held_out, n_bytes = valid_batches(valid_ids, **shape), len(utf8(tokenizer.decode(valid_ids[1:])))
     else:
         held_out = valid_windows(valid_ids, objective, **shape)
     return Task(
         cfg, tokenizer, load, hashlib.sha256(text.encode()).hexdigest(),
-        iter(train_batches(train_ids, **shape, seed=train.seed, objective=objective)), held_out,
-        SAMPLES[cfg.model.stack](cfg, tokenizer, held_out[0]),
+        train_batches(train_ids, **shape, seed=train.seed, objective=objective), held_out,
+        SAMPLES[cfg.model.stack](cfg, tokenizer, held_out[0]), n_bytes,
     )  # fmt: skip
+
+
+def make_tokenizer(data: DataConfig, text: str, special_tokens: Sequence[str] = ()) -> Callable[[], AnyTokenizer]:
+    """What makes the tokenizer of a text."""
+    return lambda: train_tokenizer(data.tokenizer, text, data.vocab_size, special_tokens)
 
 
 def check_objective(cfg: RunConfig) -> None:
@@ -125,61 +189,8 @@ def make_objective(name: str, tokenizer: AnyTokenizer) -> Objective:
     return made[name]()
 
 
-def go_on(cfg: RunConfig, tokenizer: Any, batch: Batch) -> Sample:
-    """A text that goes on from train.sample_prompt, at temperature 0.8."""
-    prompt, most = read_prompt(cfg, tokenizer), cfg.train.sample_tokens
-    how = {"sampler": Sampler(temperature=0.8), "prefix_lm": cfg.data.objective == "prefix_lm"}
-
-    def sample(model: Any, params: dict, key: jax.Array) -> str:
-        room = min(most, model.cfg.max_len - prompt.shape[1])
-        new = generate(model, params, prompt, max_new_tokens=room, key=key, **how)
-        ids = np.concatenate([prompt[0], np.asarray(new.tokens[0])])
-        return tokenizer.decode(ids[ids < tokenizer.vocab_size])  # a table may be padded
-
-    return sample
-
-
-def fill_in(cfg: RunConfig, tokenizer: Any, batch: Batch) -> Sample:
-    """A masked text of the validation split, and what the model takes for it."""
-    tokens, hidden = jnp.asarray(batch.tokens[:1]), batch.weights[0] > 0
-
-    def sample(model: Any, params: dict, key: jax.Array) -> str:
-        logits, _ = model.apply({"params": params}, tokens)
-        guess = np.where(hidden, np.asarray(logits[0].argmax(-1)), batch.tokens[0])
-        return f"{tokenizer.decode(batch.tokens[0], special=True)}\n→ {tokenizer.decode(guess, special=True)}"
-
-    return sample
-
-
-def restore_spans(cfg: RunConfig, tokenizer: Any, batch: PairBatch) -> Sample:
-    """A corrupted text of the validation split, and what the model says of its spans."""
-    source, start, T = jnp.asarray(batch.source[:1]), batch.tokens[:1, :1], batch.tokens.shape[1]
-
-    def sample(model: Any, params: dict, key: jax.Array) -> str:
-        memory = model.apply({"params": params}, source, method="encode")
-        new = generate(model, params, start, max_new_tokens=T, memory=memory, eos_id=tokenizer.eos_ids)
-        parts = (source[0], np.asarray(new.tokens[0])[: int(new.lengths[0])], batch.targets[0])
-        text, told, gold = (tokenizer.decode(part, special=True) for part in parts)
-        return f"{text}\n→ {told}\n  ({gold})"
-
-    return sample
-
-
-SAMPLES = {"decoder": go_on, "encoder": fill_in, "encoder_decoder": restore_spans}  # of a text's task, by its model
-
-
-def read_prompt(cfg: RunConfig, tokenizer: AnyTokenizer) -> np.ndarray:
-    """The ids (1, T) of the prompt of samples on the way.
-
-    Raises:
-        InputError: there is none, or it leaves no room to go on.
-    """
-    prompt, room = tokenizer.encode(cfg.train.sample_prompt or ""), cfg.model.max_len
-    rule = f"train.sample_prompt has {len(prompt)} tokens; it must have 1 to {room - 1}, less than model.max_len"
-    require(0 < len(prompt) < room, rule)
-    return prompt[None]
-
-
+PROMPT = 8  # tokens of the text held out, where samples begin if nothing else is said
+ENDS = ("<s>", "</s>")
 SHOWN = 4  # translations of a sample on the way
 
 
@@ -189,7 +200,8 @@ def translation_task(cfg: RunConfig) -> Task:
     data = cfg.data
     pairs = load_pairs(data.path, data.target_path, data.corpus, data.bad_lines)
     learnt = split_pairs(pairs, data.valid_fraction, data.test_fraction)[0]  # of which the tokenizer is made
-    cfg, made, load = open_start(cfg, "\n".join(learnt.sources + learnt.targets), ("<s>", "</s>"))
+    text = "\n".join(learnt.sources + learnt.targets)
+    cfg, made, load = open_start(cfg, make_tokenizer(cfg.data, text, ENDS), ENDS)
     tokenizer = cast(SubwordTokenizer, made)  # no other kind has special tokens
     pairs, encoded = encode_pairs(pairs, tokenizer, cfg)
     parts = split_pairs(pairs, data.valid_fraction, data.test_fraction)
@@ -217,8 +229,8 @@ def translation_task(cfg: RunConfig) -> Task:
 
     return Task(
         cfg, tokenizer, load, hashlib.sha256("\n".join(pairs.sources + pairs.targets).encode()).hexdigest(),
-        iter(train_pair_batches(**train, **shape, seed=cfg.train.seed)), valid_pair_batches(**valid, **shape),
-        sample, score(*fixed, 1), score(*whole, 4),
+        train_pair_batches(**train, **shape, seed=cfg.train.seed), valid_pair_batches(**valid, **shape),
+        sample, score=score(*fixed, 1), test=score(*whole, 4),
     )  # fmt: skip
 
 

@@ -1,0 +1,142 @@
+"""Token files: documents as ids in memory-mapped shards, for corpora beyond memory.
+
+A directory holds index.json, tokenizer/ and, for each shard, NNNNN.tokens (ids, one document after another) and
+NNNNN.ends (int64: where each document ends, in tokens and in bytes of text). The index has the size and the SHA-256 of
+each file, and is written anew after each shard: what was interrupted goes on there.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int64, Integer
+
+from tx_jax.config_json import read_object
+from tx_jax.data.tokenizers import replace_file
+from tx_jax.errors import InputError, require
+
+INDEX = "index.json"
+KINDS = ("tokens", "ends")  # files of a shard
+SHARD = 2**26  # tokens of a shard, at least: a shard is what an interruption costs
+LIMIT = 10**8  # bytes of an index
+AGAIN = "prepare it again, or bring the file back"
+Ids = Integer[np.ndarray, " _"]
+
+
+class TokenFiles(NamedTuple):
+    """Documents, read where they lie."""
+
+    directory: Path
+    sha256: str  # of the index, and so of everything
+    vocab_size: int
+    tokens: tuple[np.ndarray, ...]  # of each shard
+    ends: tuple[Int64[np.ndarray, "documents 2"], ...]
+
+    @property
+    def lengths(self) -> Int64[np.ndarray, "documents 2"]:
+        """Tokens and bytes of each document."""
+        return np.concatenate([np.diff(ends, axis=0, prepend=0) for ends in self.ends])
+
+
+def is_token_files(path: str | os.PathLike[str] | None) -> bool:
+    """Whether `prepare` has been at work there."""
+    return path is not None and (Path(path).expanduser() / INDEX).is_file()
+
+
+def open_token_files(directory: str | os.PathLike[str]) -> TokenFiles:
+    """The documents of a directory, once every file of it is seen to be what was written.
+
+    Raises:
+        InputError: there are none, they are not finished, or a file is truncated or was changed.
+    """
+    home = Path(directory).expanduser()
+    require(is_token_files(home), f"{home} holds no {INDEX}; make it by python -m tx_jax.data.prepare")
+    index = read_object(home / INDEX, LIMIT)
+    require(index.get("finished") is True, f"{home} is not finished; run python -m tx_jax.data.prepare again")
+    for number, shard in enumerate(index["shards"]):
+        for kind in KINDS:
+            _verify(_file(home, number, kind), shard[kind])
+    n = range(len(index["shards"]))
+    return TokenFiles(
+        home,
+        hashlib.sha256((home / INDEX).read_bytes()).hexdigest(),
+        index["vocab_size"],
+        tuple(np.memmap(_file(home, i, "tokens"), np.dtype(index["dtype"]), "r") for i in n),
+        tuple(np.memmap(_file(home, i, "ends"), np.dtype("<i8"), "r").reshape(-1, 2) for i in n),
+    )
+
+
+def write_token_files(
+    home: Path, documents: Iterable[tuple[Ids, int]], vocab_size: int, source: dict[str, Any], shard: int = SHARD
+) -> dict[str, Any]:
+    """Write documents, (ids, bytes of text), in shards; the index. An interrupted call goes on after its last shard.
+
+    Args:
+        source: what the documents are of, as JSON; a call that goes on must have the same.
+
+    Raises:
+        InputError: the directory holds documents of another source, or there are none.
+    """
+    dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+    index = {"source": source, "vocab_size": vocab_size, "dtype": dtype.str, "finished": False, "shards": []}
+    if (home / INDEX).exists():
+        held = read_object(home / INDEX, LIMIT)
+        rule = f"{home} holds token files of {held.get('source')!r:.200}, not of {source!r:.200}"
+        require(held.get("source") == source, f"{rule}; use another directory")
+        index = held
+    home.mkdir(parents=True, exist_ok=True)
+    rest = itertools.islice(iter(documents), sum(shard["documents"] for shard in index["shards"]), None)
+    while not index["finished"]:
+        number, size, n_bytes, ends = len(index["shards"]), 0, 0, []
+        with _part(home, number, "tokens").open("wb") as file:
+            for ids, text in rest:
+                file.write(ids.astype(dtype).tobytes())
+                size, n_bytes = size + len(ids), n_bytes + text
+                ends.append((size, n_bytes))
+                if size >= shard:
+                    break
+            file.flush()
+            os.fsync(file.fileno())
+        _part(home, number, "ends").write_bytes(np.array(ends, "<i8").tobytes())
+        if ends:
+            about = {kind: _about(_part(home, number, kind)) for kind in KINDS}
+            for kind in KINDS:
+                os.replace(_part(home, number, kind), _file(home, number, kind))
+            index["shards"].append({"documents": len(ends), "size": size, "bytes": n_bytes} | about)
+        else:
+            for kind in KINDS:
+                _part(home, number, kind).unlink()
+            require(index["shards"], f"{source!r:.200} holds no document; there is nothing to train on")
+            index["finished"] = True
+        replace_file(home / INDEX, json.dumps(index, indent=1).encode())
+    return index
+
+
+def _file(home: Path, number: int, kind: str) -> Path:
+    return home / f"{number:05d}.{kind}"
+
+
+def _part(home: Path, number: int, kind: str) -> Path:
+    return home / f"{number:05d}.{kind}.part"
+
+
+def _about(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _verify(path: Path, expected: dict[str, Any]) -> None:
+    require(path.is_file(), f"{path} is not there; {AGAIN}")
+    size = path.stat().st_size
+    require(size == expected["bytes"], f"{path} has {size} bytes, not {expected['bytes']}: it was cut; {AGAIN}")
+    try:
+        now = _about(path)["sha256"]
+    except OSError as error:
+        raise InputError(f"cannot read {path} ({error.strerror}); {AGAIN}") from error
+    rule = f"{path} has SHA-256 {now[:8]}…, not {expected['sha256'][:8]}…: it was changed"
+    require(now == expected["sha256"], f"{rule}; {AGAIN}")
