@@ -243,6 +243,14 @@ def test_documents_begin_and_end_as_the_tokenizer_says(texts, tmp_path):
     assert tokenizer.decode(files.tokens[0], special=True) == "<s>one\ntwo\n</s><s>three é</s><s>four</s>"
 
 
+def test_another_corpus_takes_the_tokenizer_of_the_first(texts, tmp_path):
+    prepare.main([str(one := tmp_path / "one"), "--path", str(texts), "--vocab-size", "270"])
+    prepare.main([str(two := tmp_path / "two"), "--path", str(texts / "a.txt"), "--tokenizer", str(one)])
+    assert find_tokenizer(one / "tokenizer") == find_tokenizer(two / "tokenizer")
+    first = open_token_files(two).tokens[0]
+    np.testing.assert_array_equal(first, open_token_files(one).tokens[0][: len(first)])
+
+
 def test_a_dataset_of_hugging_face(tmp_path):
     datasets = pytest.importorskip("datasets")
     (home := tmp_path / "set").mkdir()

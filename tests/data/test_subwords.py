@@ -259,6 +259,10 @@ def test_a_special_token_that_is_typed_stays_text_whatever_the_vocabulary(name, 
     tokenizer = words_that_are_special()[name]
     end = tokenizer.special_tokens["<end>"]
     assert end not in tokenizer.encode(text)
+    if isinstance(tokenizer, SubwordTokenizer):
+        one, other = tokenizer.encode_each([text, "hi"])
+        assert one.tolist() == tokenizer.encode(text).tolist()
+        assert other.tolist() == tokenizer.encode("hi").tolist()
     assert tokenizer.encode("hi <end> hi", special=True).tolist().count(end) == 1
 
 

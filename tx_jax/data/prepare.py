@@ -4,6 +4,7 @@ Then `python train.py PRESET --data.path OUT`. Documents are read one after anot
 """
 
 import dataclasses
+import functools
 import gzip
 import itertools
 import json
@@ -11,7 +12,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import numpy as np
 import tyro
@@ -26,6 +27,7 @@ from tx_jax.data.vocabulary_files import find_tokenizer
 from tx_jax.errors import InputError, require
 
 ENDINGS = (".txt", ".jsonl", ".jsonl.gz")
+AT_ONCE = 256  # documents, encoded together
 SAMPLE = 2**25  # characters of the first documents, of which a tokenizer is made
 
 
@@ -39,7 +41,7 @@ class Args:
     split: str = "train"  # of the dataset
     field: str = "text"  # that has the text, in a line of JSON or in the dataset
     separator: str | None = None  # a line of .txt between documents, "" an empty one; None: a file is a document
-    tokenizer: str = "bpe"  # char, byte or bpe, made of the first documents; or the model whose tokenizer it is
+    tokenizer: str = "bpe"  # char, byte or bpe, made of the first documents; or token files, or a model, that have one
     vocab_size: int = 32768  # of bpe, at most
     shard_size: int = SHARD  # tokens of a shard, at least
 
@@ -150,6 +152,8 @@ def choose_tokenizer(home: Path, args: Args, documents: Iterator[str]) -> AnyTok
             size += len(text)
         ends = ("<s>", "</s>") if args.tokenizer == "bpe" else ()
         made: AnyTokenizer = train_tokenizer(args.tokenizer, "\n".join(sample), args.vocab_size, ends)
+    elif is_token_files(args.tokenizer):
+        made = cast(AnyTokenizer, find_tokenizer(Path(args.tokenizer).expanduser() / "tokenizer"))
     else:
         made = load_tokenizer(args.tokenizer)
     made.save(home / "tokenizer")
@@ -161,9 +165,11 @@ def encode_all(tokenizer: AnyTokenizer, documents: Iterator[str]) -> Iterator[tu
     ends = list(getattr(tokenizer, "eos_ids", ())[:1])
     begin = getattr(tokenizer, "bos_id", None)
     begins = ends if begin is None else [begin]  # as GPT-2 has it, a text begins where one has ended
-    for text in documents:
-        if text:
-            yield np.array([*begins, *tokenizer.encode(text), *ends], np.int64), len(utf8(text))
+    encode_each = getattr(tokenizer, "encode_each", functools.partial(map, tokenizer.encode))
+    texts = filter(None, documents)
+    while group := list(itertools.islice(texts, AT_ONCE)):
+        for text, ids in zip(group, encode_each(group), strict=True):
+            yield np.concatenate([begins, ids, ends]).astype(np.int64), len(utf8(text))
 
 
 def report(documents: Iterator[tuple[np.ndarray, int]], every: int = 10**5) -> Iterator[tuple[np.ndarray, int]]:

@@ -171,6 +171,16 @@ class SubwordTokenizer:
         require(not forged, f"the text holds {forged}, which this tokenizer cannot read as text; leave it out")
         return row(found.ids)
 
+    def encode_each(self, texts: Sequence[str]) -> list[Int32[np.ndarray, " T"]]:
+        """What `encode` gives for each text, by all cores."""
+        for text in texts:
+            utf8(text)
+        with one_line("the tokenizer cannot encode the texts", "its tokenizer.json has no token for them"):
+            found = self._reads_text.encode_batch(list(texts), add_special_tokens=False)
+        return [
+            self.encode(text) if self._forged(one) else row(one.ids) for text, one in zip(texts, found, strict=True)
+        ]
+
     def encode_lines(self, texts: Sequence[str]) -> list[Int32[np.ndarray, " T"]]:
         """The ids of many texts, each with what stands around it; special tokens are text. Faster than one by one."""
         for text in texts:
