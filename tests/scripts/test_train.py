@@ -43,6 +43,8 @@ def test_a_run_leaves_everything(run, text):
     assert all(row.keys() == {"step", "loss", "lr", "grad_norm"} for row in losses)
     valid = [row for row in records(run) if "valid_loss" in row]
     assert [row["step"] for row in valid] == [20, 40]
+    for row in valid:
+        assert row["bits_per_byte"] == pytest.approx(row["valid_loss"] / np.log(2), rel=1e-6)  # a character is a byte
     assert valid[-1]["valid_loss"] < losses[0]["loss"] - 0.3
 
 

@@ -20,6 +20,7 @@ import tyro
 from tx_jax.command_line import one_line_errors, parse
 from tx_jax.convert.sources import AnyTokenizer, load_tokenizer
 from tx_jax.data.libraries import package
+from tx_jax.data.token_bytes import token_bytes
 from tx_jax.data.token_files import SHARD, is_token_files, open_token_files, write_token_files
 from tx_jax.data.tokenizers import utf8
 from tx_jax.data.trained import TRAINED, train_tokenizer
@@ -161,15 +162,20 @@ def choose_tokenizer(home: Path, args: Args, documents: Iterator[str]) -> AnyTok
 
 
 def encode_all(tokenizer: AnyTokenizer, documents: Iterator[str]) -> Iterator[tuple[np.ndarray, int]]:
-    """The ids of each document, between what begins and what ends a text, and the bytes of its text; none is empty."""
+    """The ids of each document, between what begins and what ends a text, and the bytes that are predicted of it.
+
+    Those are all, but for the first token's where nothing begins a text. Empty documents are left out.
+    """
     ends = list(getattr(tokenizer, "eos_ids", ())[:1])
     begin = getattr(tokenizer, "bos_id", None)
     begins = ends if begin is None else [begin]  # as GPT-2 has it, a text begins where one has ended
     encode_each = getattr(tokenizer, "encode_each", functools.partial(map, tokenizer.encode))
+    words = () if begins else token_bytes(tokenizer)
     texts = filter(None, documents)
     while group := list(itertools.islice(texts, AT_ONCE)):
         for text, ids in zip(group, encode_each(group), strict=True):
-            yield np.concatenate([begins, ids, ends]).astype(np.int64), len(utf8(text))
+            given = 0 if begins else len(words[int(ids[0])])
+            yield np.concatenate([begins, ids, ends]).astype(np.int64), len(utf8(text)) - given
 
 
 def report(documents: Iterator[tuple[np.ndarray, int]], every: int = 10**5) -> Iterator[tuple[np.ndarray, int]]:

@@ -1,8 +1,8 @@
 """Token files: documents as ids in memory-mapped shards, for corpora beyond memory.
 
 A directory holds index.json, tokenizer/ and, for each shard, NNNNN.tokens (ids, one document after another) and
-NNNNN.ends (int64: where each document ends, in tokens and in bytes of text). The index has the size and the SHA-256 of
-each file, and is written anew after each shard: what was interrupted goes on there.
+NNNNN.ends (int64: where each document ends, in tokens and in bytes of text that are predicted). The index has the size
+and the SHA-256 of each file, and is written anew after each shard: what was interrupted goes on there.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ class TokenFiles(NamedTuple):
 
     @property
     def lengths(self) -> Int64[np.ndarray, "documents 2"]:
-        """Tokens and bytes of each document."""
+        """Tokens of each document, and bytes of its text that are predicted."""
         return np.concatenate([np.diff(ends, axis=0, prepend=0) for ends in self.ends])
 
 
@@ -74,9 +74,10 @@ def open_token_files(directory: str | os.PathLike[str]) -> TokenFiles:
 def write_token_files(
     home: Path, documents: Iterable[tuple[Ids, int]], vocab_size: int, source: dict[str, Any], shard: int = SHARD
 ) -> dict[str, Any]:
-    """Write documents, (ids, bytes of text), in shards; the index. An interrupted call goes on after its last shard.
+    """Write documents in shards; the index. A call that was interrupted goes on after its last shard.
 
     Args:
+        documents: ids, and the bytes of text that all but the first of them stand for.
         source: what the documents are of, as JSON; a call that goes on must have the same.
 
     Raises:

@@ -135,8 +135,8 @@ class Report:
     def validation(self, step: int, values: dict[str, float]) -> None:
         """The loss over the whole validation split, and the scores of a part of it."""
         self.write(step, values)
-        loss, *scores = values.values()
-        rest = "".join(f", {name} {value:.4g}" for name, value in zip([*values][1:], scores, strict=True))
+        (_, loss), *scores = values.items()
+        rest = "".join(f", {name.replace('_', ' ')} {value:.4g}" for name, value in scores)
         self.line(f"step {step:>5}  validation loss {loss:.4f} nats/token{rest}")
 
     def test(self, step: int, scores: dict[str, float]) -> None:

@@ -30,10 +30,10 @@ from tx_jax.data.packing import cut, held_out_batches, packed_batches, split_doc
 from tx_jax.data.pairs import Pairs, by_source, load_pairs, report_faults, split_pairs
 from tx_jax.data.subwords import SubwordTokenizer
 from tx_jax.data.token_files import is_token_files, open_token_files
-from tx_jax.data.tokenizers import utf8
 from tx_jax.data.trained import train_tokenizer
 from tx_jax.data.vocabulary_files import find_tokenizer
 from tx_jax.errors import require
+from tx_jax.evaluation import n_bytes
 from tx_jax.run_config import DataConfig, RunConfig
 from tx_jax.training.samples import SAMPLES, Sample, go_on
 from tx_jax.training.start import open_start
@@ -134,15 +134,15 @@ def text_task(cfg: RunConfig) -> Task:
     train_ids, valid_ids = split(tokenizer.encode(text), cfg.data.valid_fraction)
     shape = {"seq_len": cfg.data.seq_len, "batch_size": cfg.data.batch_size}
     objective = make_objective(cfg.data.objective, tokenizer)
-    n_bytes = None
+    size = None
     if objective is next_token:
-        held_out, n_bytes = valid_batches(valid_ids, **shape), len(utf8(tokenizer.decode(valid_ids[1:])))
+        held_out, size = valid_batches(valid_ids, **shape), n_bytes(tokenizer, valid_ids[1:])
     else:
         held_out = valid_windows(valid_ids, objective, **shape)
     return Task(
         cfg, tokenizer, load, hashlib.sha256(text.encode()).hexdigest(),
         train_batches(train_ids, **shape, seed=train.seed, objective=objective), held_out,
-        SAMPLES[cfg.model.stack](cfg, tokenizer, held_out[0]), n_bytes,
+        SAMPLES[cfg.model.stack](cfg, tokenizer, held_out[0]), size,
     )  # fmt: skip
 
 
