@@ -180,7 +180,8 @@ def pmap_step(step: Callable, devices: list | None = None) -> Launcher:
 
     def put_batch(batch: Any) -> Any:
         check_batch(batch[0].shape[0], n)
-        return jax.tree.map(lambda leaf: leaf.reshape(n, -1, *leaf.shape[1:]), batch)
+        parts = jax.tree.map(lambda leaf: leaf.reshape(n, -1, *leaf.shape[1:]), batch)
+        return jax.device_put(parts, NamedSharding(mesh, P(AXIS)))
 
     def first(tree: Any) -> Any:
         # Not leaf[0], which sums over all devices, leaf by leaf: on CPU such programs can wait for each other for ever.

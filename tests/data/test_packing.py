@@ -101,12 +101,13 @@ def test_all_that_is_held_out_is_a_target_once(files):
 
 def test_training_sees_each_piece_once_an_epoch(files, monkeypatch):
     n = cut(files, T).n
-    monkeypatch.setattr(packing, "BLOCK", n)
+    assert n % 3 == 0
+    monkeypatch.setattr(packing, "BLOCK", n // 3)
     rows = [run for batch in take(20, files) for run in runs(batch)]
     pieces = [tuple(tokens) for _, tokens, _ in rows]
     first, second = pieces[:n], pieces[n : 2 * n]
     assert sorted(first) == sorted(second) == sorted(tuple(cut(files, T).read(i)[:-1]) for i in range(n))
-    assert first != second
+    assert sorted(first[: n // 3]) != sorted(second[: n // 3])  # each epoch has an order of its own
     for positions, tokens, targets in rows:
         np.testing.assert_array_equal(positions, np.arange(len(tokens)))
         np.testing.assert_array_equal(tokens[1:], targets[:-1])
