@@ -38,6 +38,7 @@ CASES = {  # name: (kernels, query heads, key-value heads, mask, more arguments)
     "padded, all": ("cudnn splash", 1, 1, Mask(k_positions=PADDED), {}),
     "packed": ("splash", 2, 1, of(PACKED, DOCUMENTS, causal=True, window=30), {"soft_cap": 2.0}),
     "backwards": ("cudnn splash", 1, 1, of(BACKWARDS, causal=True), {}),
+    "ahead": ("splash", 1, 1, Mask(causal=True, q_positions=jnp.arange(3, T + 3)[None]), {}),
     "apart, all": ("splash", 1, 1, of(PACKED, DOCUMENTS), {}),  # its padding sees what no kernel shows it
     "no token": ("cudnn splash", 1, 1, Mask(k_positions=jnp.stack([PADDED[0], jnp.full(T, -1)])), {}),
     "returning": ("splash", 1, 1, of(None, DOCUMENTS.at[:, 200:].set(0), causal=True), {}),
@@ -88,7 +89,7 @@ def test_a_kernel_is_asked_wherever_it_is_right(name):
     positions = CASES[name][3]
     told = kernels.padded(positions, T, T)
     asked = told is None or bool(told.fits)
-    assert asked == (name not in ("backwards", "apart, all", "no token", "returning"))
+    assert asked == (name not in ("backwards", "ahead", "apart, all", "no token", "returning"))
 
 
 REFUSED = {  # what a kernel does not do: (kernel, the words for it, what is changed of a plain call)
