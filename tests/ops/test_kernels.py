@@ -156,6 +156,16 @@ def test_attention_is_lowered_to_the_kernel_forward_and_backward(mask, lowered):
     assert lowered(both, q, k, k) >= 2
 
 
+def test_each_device_of_a_mesh_calls_the_kernel_for_its_own_rows_and_heads(lowered):
+    """XLA cannot split the kernel of a TPU, and refuses to."""
+    mesh = tx.make_mesh(tx.MeshConfig(data=2, tensor=2), jax.devices()[:4])
+    where = jax.NamedSharding(mesh, jax.P("data", None, "tensor"))
+    q, k = (jax.ShapeDtypeStruct((B, T, n, 64), jnp.bfloat16, sharding=where) for n in (4, 2))
+    both = jax.grad(lambda q, k, v: tx.attention(q, k, v, Mask(causal=True)).astype(jnp.float32).sum(), (0, 1, 2))
+    with jax.set_mesh(mesh):
+        assert lowered(both, q, k, k) >= 2
+
+
 MODELS = {
     "gpt2": {"positions": "learned"},
     "llama": {"positions": "rotary", "mlp": "swiglu", "norm": "rmsnorm", "n_kv_heads": 2},
