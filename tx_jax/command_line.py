@@ -23,6 +23,7 @@ import tyro
 
 from tx_jax.config import OF_THE_RUN, ModelConfig
 from tx_jax.config_json import from_json
+from tx_jax.data.token_files import is_token_files
 from tx_jax.data.wheels import cache_dir
 from tx_jax.errors import InputError, require
 from tx_jax.run_config import RunConfig
@@ -144,8 +145,14 @@ def check_init(cfg: RunConfig, default: RunConfig) -> None:
     """Hold a run that begins with another model to the flags that have a say then.
 
     Raises:
-        InputError: a flag says of the model, or of its tokenizer, what --init says already.
+        InputError: a flag says of the model, or of its tokenizer, what --init or token files say already.
     """
+    files = cfg.data.path if cfg.data.mixture is None else cfg.data.mixture
+    made = cfg.data.mixture is not None or is_token_files(cfg.data.path)
+    for name in ("tokenizer", "vocab_size") if made else ():
+        flag = f"--data.{name.replace('_', '-')}"
+        same = getattr(cfg.data, name) == getattr(default.data, name)
+        require(same, f"{flag} cannot be chosen with the token files of {files}, which have a tokenizer; leave it out")
     changed = [name for name in OF_INIT if operator.attrgetter(name)(cfg) != operator.attrgetter(name)(default)]
     flags = ", ".join("--" + name.replace("_", "-") for name in changed[:3])
     rule = f"{flags} cannot be chosen with --init {cfg.init}, which brings its model and its tokenizer"

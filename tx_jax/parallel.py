@@ -58,7 +58,8 @@ def make_mesh(cfg: MeshConfig = MeshConfig(), devices: list | None = None) -> Me
     sizes["data"] = cfg.data or max(len(devices) // math.prod(sizes.values()), 1)
     needed = math.prod(sizes.values())
     told = " × ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "data=1"
-    require(needed == len(devices), f"mesh {told} needs {needed} devices; there are {len(devices)}")
+    rule = f"mesh {told} needs {needed} devices; there are {len(devices)}"
+    require(needed == len(devices), f"{rule}, which the axes must multiply to")
     return Mesh(np.asarray(devices).reshape(*sizes.values()), AXES)
 
 

@@ -5,6 +5,7 @@ With one process each of these does nothing but its work.
 
 import argparse
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -38,12 +39,13 @@ def connect(args: list[str]) -> list[str]:
         )
         return rest
     if where != "auto":
+        require(re.fullmatch(r".+:\d+", where), f"--coordinator {where} is no HOST:PORT, nor auto; give one of them")
         rule = f"--coordinator {where} needs --n-processes N and --process-id I, from 0 to N - 1, not {n} and {i}"
         require(n is not None and i is not None and i < n, f"{rule}; or use --coordinator auto")
     try:
         jax.distributed.initialize(None if where == "auto" else where, n, i)
     except (ValueError, RuntimeError) as error:
-        why = str(error).strip().split("\n")[0]
+        why = str(error).strip().split("\n")[0].rstrip(".")
         raise InputError(f"--coordinator {where} finds no other processes: {why:.120}; give HOST:PORT") from error
     return rest
 

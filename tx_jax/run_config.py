@@ -54,8 +54,10 @@ class DataConfig:
         makes = self.corpus != "tiny_shakespeare"  # pairs
         rule = f"corpus={self.corpus!r} is not for objective={self.objective!r}; give --data.path, or another corpus"
         require(self.path is not None or pairs == makes, rule)
-        told = self.mixture is None or (self.path is None and self.objective == "next_token")
-        require(told, f"mixture={self.mixture!r} goes with objective='next_token' and without a path; leave that out")
+        mixture = f"mixture={self.mixture!r}"
+        require(self.mixture is None or self.path is None, f"{mixture} and path={self.path!r} are two texts; give one")
+        fits = self.mixture is None or self.objective == "next_token"
+        require(fits, f"{mixture} is for objective='next_token', not {self.objective!r}; leave out one of them")
         files = self.target_path is None or (pairs and self.path is not None)
         rule = f"target_path={self.target_path!r} goes with objective='translate' and a path of sources"
         require(files, f"{rule}; give both, or leave it out")

@@ -1,5 +1,6 @@
 """Token files and packed documents: nothing is lost or seen twice, they resume, and a fault is refused."""
 
+import gzip
 import itertools
 import json
 import os
@@ -19,7 +20,7 @@ import tx_jax as tx
 from tx_jax import InputError
 from tx_jax.data import packing, prepare
 from tx_jax.data.packing import cut, held_out_batches, pack, packed_batches, split_documents
-from tx_jax.data.token_files import open_token_files, write_token_files
+from tx_jax.data.token_files import begin_token_files, open_token_files, write_token_files
 from tx_jax.data.vocabulary_files import find_tokenizer
 
 V, T, B = 300, 16, 4
@@ -29,6 +30,11 @@ LENGTHS = [5, 2, 40, 17, 16, 1, 9, 9, 33, 3, 12, 30]
 def documents(lengths=LENGTHS, seed=0):
     rng = np.random.default_rng(seed)
     return [(rng.integers(1, V, n), 3 * n) for n in lengths]
+
+
+def write(home, documents, vocab_size, source, shard=10**6):
+    index = begin_token_files(home, source)
+    return write_token_files(home, index, lambda first: documents[first:], vocab_size, shard)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -41,7 +47,7 @@ def blocks():
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     home = tmp_path_factory.mktemp("tokens")
-    write_token_files(home, documents(), V, {}, shard=30)
+    write(home, documents(), V, {}, shard=30)
     return open_token_files(home)
 
 
@@ -75,7 +81,7 @@ def test_rows_are_nearly_full():
 
 @pytest.mark.parametrize("shard", [1, 30, 10**6])
 def test_documents_come_back(shard, tmp_path):
-    write_token_files(tmp_path, documents(), V, {}, shard)
+    write(tmp_path, documents(), V, {}, shard)
     files = open_token_files(tmp_path)
     assert files.lengths.tolist() == [[n, 3 * n] for n in LENGTHS]
     pieces, found = cut(files, T), []
@@ -152,7 +158,7 @@ def test_a_process_reads_its_own_rows_of_the_same_batches(files, monkeypatch):
 
 def test_a_mixture_has_its_shares_of_the_tokens(files, tmp_path):
     other = tmp_path / "other"
-    write_token_files(other, [(ids + V, n) for ids, n in documents([3] * 40)], 2 * V, {})
+    write(other, [(ids + V, n) for ids, n in documents([3] * 40)], 2 * V, {})
     batches = take(200, files, more=[(open_token_files(other), 3.0)])
     tokens = np.concatenate([batch.tokens[batch.weights > 0] for batch in batches])
     assert (tokens >= V).mean() == pytest.approx(0.75, abs=0.02)
@@ -176,34 +182,37 @@ def test_packed_documents_are_the_documents_alone(files):
 
 
 def test_files_that_are_cut_changed_or_gone_are_refused(tmp_path):
-    write_token_files(tmp_path, documents(), V, {}, shard=30)
+    write(tmp_path, documents(), V, {}, shard=30)
     path = tmp_path / "00001.tokens"
     content = path.read_bytes()
     path.write_bytes(content[:-2])
-    with pytest.raises(InputError, match=r"00001.tokens has \d+ bytes, not \d+: it was cut; prepare it again, or"):
+    with pytest.raises(InputError, match=r"00001.tokens has \d+ bytes, not \d+: it was cut; run python -m tx"):
         open_token_files(tmp_path)
     path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
-    with pytest.raises(InputError, match=r"00001.tokens has SHA-256 \w{8}…, not \w{8}…: it was changed; prepare it"):
+    with pytest.raises(InputError, match=r"00001.tokens has SHA-256 \w{8}…, not \w{8}…: it was changed; run"):
         open_token_files(tmp_path)
+    write(tmp_path, documents(), V, {}, shard=30)  # mends it
+    assert path.read_bytes() == content
+    assert open_token_files(tmp_path).lengths.tolist() == [[n, 3 * n] for n in LENGTHS]
     path.unlink()
-    with pytest.raises(InputError, match=r"00001.tokens is not there; prepare it again, or bring the file back$"):
+    with pytest.raises(InputError, match=r"00001.tokens is not there; run .*, which mends it, or bring the file back$"):
         open_token_files(tmp_path)
     with pytest.raises(InputError, match=r"holds no index.json; make it by python -m tx_jax.data.prepare$"):
         open_token_files(tmp_path / "nothing")
 
 
 def test_documents_that_will_not_do(tmp_path):
-    with pytest.raises(InputError, match=r"^\{'path': 'x'\} holds no document; there is nothing to train on$"):
-        write_token_files(tmp_path, [], V, {"path": "x"})
-    write_token_files(one := tmp_path / "one", documents([1]), V, {})
+    with pytest.raises(InputError, match=r"^path='x' holds no document; there is nothing to train on$"):
+        write(tmp_path / "none", [], V, {"path": "x"})
+    write(one := tmp_path / "one", documents([1]), V, {})
     with pytest.raises(InputError, match=r"holds no document of two tokens; there is nothing to predict$"):
         cut(open_token_files(one), T)
     with pytest.raises(InputError, match=r"^seq_len=0 must be at least 1 token$"):
         cut(open_token_files(one), 0)
     with pytest.raises(InputError, match=r"holds 1 document, which cannot be both trained on and held .*separator$"):
         split_documents(open_token_files(one), 0.1)
-    with pytest.raises(InputError, match=r"holds token files of \{\}, not of \{'a': 1\}; use another directory$"):
-        write_token_files(one, documents(), V, {"a": 1})
+    with pytest.raises(InputError, match=r"holds token files of a=None, not 1; use another directory, or delete it$"):
+        write(one, documents(), V, {"a": 1})
 
 
 @pytest.fixture
@@ -252,13 +261,58 @@ def test_another_corpus_takes_the_tokenizer_of_the_first(texts, tmp_path):
     np.testing.assert_array_equal(first, open_token_files(one).tokens[0][: len(first)])
 
 
-def test_a_dataset_of_hugging_face(tmp_path):
+@pytest.mark.parametrize("kind", ["lines", "saved", "saved splits"])
+def test_a_dataset_of_hugging_face(kind, tmp_path, capsys):
     datasets = pytest.importorskip("datasets")
     (home := tmp_path / "set").mkdir()
-    datasets.Dataset.from_dict({"body": ["one", "two"]}).to_json(home / "train.jsonl")
-    args = ["--dataset", str(home), "--field", "body", "--tokenizer", "byte"]
-    prepare.main([str(tmp_path / "out"), *args])
+    texts = datasets.Dataset.from_dict({"body": ["one", "two"], "number": [1, 2]})
+    if kind == "lines":
+        texts.to_json(home / "train.jsonl")
+    else:
+        (texts if kind == "saved" else datasets.DatasetDict(train=texts)).save_to_disk(home)
+    args = ["--dataset", str(home), "--tokenizer", "byte"]
+    prepare.main([str(tmp_path / "out"), *args, "--field", "body"])
     assert bytes(open_token_files(tmp_path / "out").tokens[0].astype(np.uint8)) == b"onetwo"
+    refused = {
+        "--field text": "has no field='text', of body, number; name one of them",
+        "--field number": "has 1 as 'number', which is no text",
+    }
+    for flags, says in (refused | ({} if kind == "saved" else {"--field body --split test": "gives no split"})).items():
+        with pytest.raises(SystemExit, match="2"):
+            prepare.main([str(tmp_path / flags[-4:]), *args, *flags.split()])
+        assert says in capsys.readouterr().err
+
+
+def test_what_was_begun_goes_on_with_the_same_flags_and_texts_only(texts, tmp_path, capsys):
+    out = tmp_path / "out"
+    prepare.main([str(out), "--path", str(texts), "--vocab-size", "270"])
+    changed = {"--vocab-size": ("280", "vocab_size=270, not 280"), "--shard-size": ("9", "shard_size=67108864, not 9")}
+    for flag, (value, says) in changed.items():
+        with pytest.raises(SystemExit, match="2"):
+            prepare.main([str(out), "--path", str(texts), "--vocab-size", "270", flag, value])
+        assert f"{out} holds token files of {says}; use another directory, or delete it" in capsys.readouterr().err
+    (texts / "a.txt").write_text("One\ntwo\n")
+    with pytest.raises(SystemExit, match="2"):
+        prepare.main([str(out), "--path", str(texts), "--vocab-size", "270"])
+    assert "holds token files of sha256='" in capsys.readouterr().err
+
+
+def test_an_interruption_costs_a_shard(texts, tmp_path, monkeypatch):
+    (texts / "c.txt").write_text("x" * 50)
+    args = [str(tmp_path / "out"), "--path", str(texts), "--tokenizer", "byte", "--shard-size", "9"]
+    prepare.main(args)
+    (tmp_path / "out" / "00001.ends").unlink()
+    encoded, function = [], prepare.encode_all
+
+    def counted(*args):
+        for document in function(*args):
+            encoded.append(len(document[0]))
+            yield document
+
+    monkeypatch.setattr(prepare, "encode_all", counted)
+    prepare.main(args)
+    assert encoded == [4, 50]  # not the first two, of 8
+    assert open_token_files(tmp_path / "out").lengths[:, 0].tolist() == [8, 8, 4, 50]
 
 
 def test_a_killed_prepare_goes_on_to_the_same_bytes(tmp_path):
@@ -291,19 +345,31 @@ def test_a_killed_prepare_goes_on_to_the_same_bytes(tmp_path):
 @pytest.mark.parametrize(
     ("args", "says"),
     [
+        ("RUN --path TEXTS", r"^error: out='.*' holds other files; use another directory$"),
         ("OUT", r"^error: path=None and dataset=None: give one of them$"),
-        ("OUT --path nowhere", r"^error: path='nowhere' is no file, nor a directory with any of \*.txt, "),
+        ("OUT --path nowhere", r"^error: path='nowhere' is none of \*.txt, \*.jsonl, \*.jsonl.gz, nor a dir"),
         ("OUT --path TEXTS --shard-size 0", r"^error: shard_size=0 must be at least 1 token$"),
         ("TEXTS --path TEXTS", r"^error: out='.*' holds other files; use another directory$"),
-        ("OUT --path TEXTS --field body", r"b.jsonl, line 1: is no JSON object with 'body'; mend it, or name another"),
-        ("OUT --path TEXTS/number.jsonl", r"number.jsonl, line 1: 'text' is no text; name another --field$"),
+        ("OUT --path TEXTS --field body", r"b.jsonl, line 1 has no text as 'body', of text; name another --field$"),
+        ("OUT --path TEXTS/number.jsonl", r"number.jsonl, line 1 has no text as 'text', of text; name another"),
+        ("OUT --path TEXTS/broken.jsonl", r"broken.jsonl, line 2 is no JSON \(.*\); mend it$"),
+        ("OUT --path TEXTS/cut.jsonl.gz", r"cut.jsonl.gz cannot be read \(.*\); bring the whole file back$"),
         ("OUT --path TEXTS/latin.txt", r"latin.txt is not UTF-8; convert it, such as by iconv -f LATIN1 -t UTF-8$"),
     ],
 )
-def test_what_prepare_refuses(args, says, texts, tmp_path, capsys):
-    args = args.replace("OUT", str(tmp_path / "out")).replace("TEXTS", str(texts)).split()
-    (texts / "number.jsonl").write_text('{"text": 3}') if "number" in args[-1] else None
-    (texts / "latin.txt").write_bytes(b"caf\xe9") if "latin" in args[-1] else None
+def test_what_prepare_refuses(args, says, texts, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = args.lower()
+    (tmp_path / "run" / "tokenizer").mkdir(parents=True)
+    contents = {
+        "number.jsonl": b'{"text": 3}',
+        "broken.jsonl": b'{"text": "a"}\n{"text',
+        "cut.jsonl.gz": gzip.compress(b'{"text": "a"}' * 99)[:-9],
+        "latin.txt": b"caf\xe9",
+    }
+    for name, content in contents.items():
+        (texts / name).write_bytes(content) if name in args else None
+    args = args.split()
     with pytest.raises(SystemExit, match="2"):
         prepare.main([*args, "--tokenizer", "byte"])
     assert re.search(says, capsys.readouterr().err.strip())

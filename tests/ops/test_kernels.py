@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax import export
 
 import tx_jax as tx
@@ -68,6 +70,7 @@ def here(monkeypatch):
         wide = (x.astype(jnp.float32) for x in qkv)  # the CPU has no products of float16
         return function(*wide, **how, implementation="xla").astype(qkv[0].dtype)
 
+    monkeypatch.setattr(kernels, "has_cudnn", lambda: True)
     monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
     monkeypatch.setattr(kernels, "SPLASH_BLOCK", 128)
 
@@ -84,6 +87,49 @@ def test_a_kernel_is_the_reference(name, impl, monkeypatch):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-2 if dtype == jnp.float16 else 2e-5)
 
 
+SMALL = 6
+AT = st.lists(st.integers(-1, 4), min_size=SMALL, max_size=SMALL)
+
+
+@st.composite
+def positions(draw):
+    """Of some tokens: mostly packed documents with padding behind, sometimes anything."""
+    if draw(st.booleans()):
+        return draw(AT)
+    lengths = draw(st.lists(st.integers(1, 3), min_size=1, max_size=3))
+    tokens = [i for length in lengths for i in range(length)]
+    return (tokens + [-1] * SMALL)[:SMALL]
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    at=st.tuples(positions(), positions()),
+    segments=st.none() | st.tuples(AT, AT) | AT.map(lambda x: (sorted(x), sorted(x))),
+    same=st.booleans(),
+    causal=st.booleans(),
+    window=st.none() | st.integers(1, 3),
+)
+def test_a_kernel_that_may_be_asked_sees_what_the_mask_does(at, segments, same, causal, window):
+    q, k = (jnp.array([x]) for x in (at[0], at[0] if same else at[1]))
+    q_in, k_in = (None, None) if segments is None else (jnp.array([x]) for x in segments)
+    k_in = q_in if same else k_in
+    mask = Mask(causal=causal, window=window, q_positions=q, k_positions=k, q_segments=q_in, k_segments=k_in)
+    told = kernels.padded(mask, SMALL, SMALL)
+    if told is None or not told.fits:
+        return
+    back = np.arange(SMALL)[:, None] - np.arange(SMALL)
+    by_index = np.ones_like(back, bool) if not causal else back >= 0
+    by_index &= True if window is None else np.abs(back) < window
+    expected = np.asarray(mask.materialize(SMALL, SMALL)[0])
+    by_segment = np.asarray(told.q[0][:, None] == told.k[0][None])
+    real = np.asarray(told.q[0] >= 0)
+    assert (by_index & by_segment)[real].any(1).all()  # no query of splash attention is without a key
+    np.testing.assert_array_equal((by_index & by_segment) & real[:, None], expected)
+    if segments is None:
+        by_length = np.arange(SMALL)[None] < max(int(told.n_keys[0]), 1)
+        np.testing.assert_array_equal(by_index & by_length & real[:, None], expected)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_a_kernel_is_asked_wherever_it_is_right(name):
     positions = CASES[name][3]
@@ -98,6 +144,7 @@ REFUSED = {  # what a kernel does not do: (kernel, the words for it, what is cha
     "prefix": ("cudnn", "a prefix", {"mask": Mask(causal=True, prefix=jnp.array([3, 4]))}),
     "sinks": ("splash", "sinks", {"mask": Mask(causal=True, window=9, n_sinks=2)}),
     "later": ("splash", "queries beside earlier keys", {"mask": Mask(causal=True), "q": (B, 128, 2, H)}),
+    "device": ("cudnn", "anything on this device, which is no NVIDIA GPU since Ampere,", {}),
     "float32": ("cudnn", "queries of float32", {"q": jnp.zeros((B, T, 2, H))}),
     "heads": ("cudnn", "heads of 12, which is no multiple of 8 up to 128,", {"q": (B, T, 2, 12), "k": (B, T, 2, 12)}),
     "values": ("cudnn", "values of another width", {"v": (B, T, 2, 16)}),
@@ -113,6 +160,7 @@ def test_what_a_kernel_does_not_do_is_done_without(name, monkeypatch):
     impl, words, changed = REFUSED[name]
     call = {"mask": Mask(), "q": (B, T, 2, H), "k": (B, T, 2, H), "v": (B, T, 2, H)} | changed
     call = {key: jnp.ones(x, jnp.float16) if isinstance(x, tuple) else x for key, x in call.items()}
+    monkeypatch.setattr(kernels, "has_cudnn", lambda: name != "device")
     with pytest.raises(InputError, match=rf"^impl='{impl}' does not do {words}; use auto, or blockwise$"):
         tx.attention(**call, impl=impl)
     monkeypatch.setattr(jax, "default_backend", lambda: {"cudnn": "gpu", "splash": "tpu"}[impl])
@@ -137,6 +185,7 @@ def lowered(request, monkeypatch):
     if request.param == "gpu":  # JAX asks the card, for what every card since Ampere has
         from jax._src.cudnn import fused_attention_stablehlo as of_jax
 
+        monkeypatch.setattr(kernels, "has_cudnn", lambda: True)
         monkeypatch.setattr(of_jax, "check_cudnn_version", lambda: 91000)
         monkeypatch.setattr(of_jax, "check_compute_capability", lambda capability: True, raising=False)
         monkeypatch.setattr(of_jax, "is_cuda_compute_capability_equal", lambda capability: False)
@@ -198,7 +247,8 @@ def test_a_kernel_is_shared_by_all_launchers():
     mesh = tx.make_mesh(tx.MeshConfig(data=2, tensor=2), jax.devices()[:4])
     with jax.set_mesh(mesh):
         found = jax.jit(step)(*args)
-    each = jax.pmap(step, "data", devices=jax.devices()[:2])(*(x[:, None] for x in args))
+    twice = (jnp.stack([x, x]) for x in args)  # as many rows a device as there are devices
+    each = jax.pmap(step, "data", devices=jax.devices()[:2])(*twice)
     for one, other, by_pmap in zip(*map(jax.tree.leaves, (found, expected, each)), strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=2e-5)
-        np.testing.assert_allclose(by_pmap[:, 0], other, rtol=0, atol=2e-5)
+        np.testing.assert_allclose(by_pmap[1], other, rtol=0, atol=2e-5)

@@ -8,8 +8,8 @@ import pytest
 from test_processes import start
 from test_train import assert_same_params, records
 
-from tx_jax.data.token_files import write_token_files
-from tx_jax.data.tokenizers import ByteTokenizer
+from tx_jax.data.token_files import begin_token_files, write_token_files
+from tx_jax.data.tokenizers import ByteTokenizer, CharTokenizer
 from tx_jax.run_dir import read_config
 from tx_jax.training.tasks import open_task
 
@@ -21,8 +21,9 @@ FLAGS = """gpt-shakespeare --model.n-layers 1 --model.d-model 16 --model.n-heads
 def make(home, seed, n=60):
     rng = np.random.default_rng(seed)
     lengths = rng.integers(2, 90, n)
-    documents = ((rng.integers(97, 97 + 9 * (seed + 1), length), int(length) - 1) for length in lengths)
-    write_token_files(home, documents, 256, {"seed": seed}, shard=1000)
+    documents = [(rng.integers(97, 97 + 9 * (seed + 1), length), int(length) - 1) for length in lengths]
+    index = begin_token_files(home, {"seed": seed})
+    write_token_files(home, index, lambda first: documents[first:], 256, 1000)
     ByteTokenizer().save(home / "tokenizer")
     return home
 
@@ -89,7 +90,7 @@ def test_a_file_that_changed_since_the_run_began_is_refused(run, files, train, t
     path.write_bytes(path.read_bytes()[:-2])
     says = refused(train, capsys, "--data.path", str(copy), "--run-dir", str(mine))
     assert "00000.tokens has " in says
-    assert "it was cut; prepare it again, or bring the file back" in says
+    assert "it was cut; run python -m tx_jax.data.prepare again, which mends it, or bring" in says
     shutil.rmtree(copy)  # whole again, but of other documents
     config = json.loads((mine / "config.json").read_text())
     config["data"]["path"] = str(make(copy, 5))
@@ -103,12 +104,17 @@ def test_a_file_that_changed_since_the_run_began_is_refused(run, files, train, t
     [
         ("--data.mixture A=1,B", "mixture='A=1,B' has 'B', which is not DIRECTORY=SHARE; write wiki=3,code=1"),
         ("--data.mixture A=0", "mixture='A=0' has 'A=0', which is not DIRECTORY=SHARE"),
-        ("--data.mixture A=1 --data.path A", "mixture='A=1' goes with objective='next_token' and without a path"),
+        ("--data.mixture A=1 --data.path A", "mixture='A=1' and path='A' are two texts; give one"),
         (
             "--data.path A --data.objective prefix_lm",
             "token files are for data.objective='next_token', not",
         ),
-        ("--data.mixture A=1,C=1", "C has another tokenizer than A; prepare it with that one"),
+        ("--data.mixture A=1,C=1", "C does not hold the tokenizer of its 256 ids; prepare it again"),
+        ("--data.mixture A=1,D=1", "D has another tokenizer than A; prepare it with that one"),
+        ("--data.mixture A=1 --data.objective prefix_lm", "mixture='A=1' is for objective='next_token', not 'prefix"),
+        ("--data.path A --data.tokenizer byte", "--data.tokenizer cannot be chosen with the token files of A, which"),
+        ("--data.path E", "E has 0 pieces of text to train on, and 2 held out; give more documents, or another"),
+        ("--data.path lines.jsonl", "path='lines.jsonl' holds a text in each line of JSON; make token files of it by"),
         ("--data.path A --init TINY", "init='TINY' has another tokenizer than A; prepare it with --tokenizer TINY"),
     ],
 )
@@ -117,6 +123,12 @@ def test_what_is_refused(flags, says, files, public, train, tmp_path, capsys, mo
     shutil.copytree(files, "A")
     shutil.copytree(files, "C", ignore=lambda *_: ["tokenizer"])
     shutil.copytree(public, "TINY")
+    shutil.copytree(files, "D", ignore=lambda *_: ["tokenizer"])
+    CharTokenizer("".join(map(chr, range(256)))).save("D/tokenizer")
+    parts = [(np.full(n, 97), n) for n in (1, 50)]
+    write_token_files(tmp_path / "E", begin_token_files(tmp_path / "E", {}), lambda first: parts[first:], 256)
+    shutil.copytree("A/tokenizer", "E/tokenizer")
+    (tmp_path / "lines.jsonl").write_text("{}")
     preset = ["finetune", "--data.seq-len", "32"] if "--init" in flags else FLAGS
     with pytest.raises(SystemExit, match="2"):
         train([*preset, *flags.split(), "--run-dir", "run"])

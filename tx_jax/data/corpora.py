@@ -71,6 +71,8 @@ def _own(path: str) -> str:
     root = Path(os.path.expanduser(path))
     there = path and os.path.exists(root)
     require(there, f"path={path!r} does not exist; give a UTF-8 text file or a directory of *.txt")
+    rule = f"path={path!r} holds a text in each line of JSON"
+    require(root.suffix != ".jsonl", f"{rule}; make token files of it by python -m tx_jax.data.prepare")
     files = sorted(file for file in root.rglob("*.txt") if file.is_file()) if root.is_dir() else [root]
     require(files, f"path={path!r} holds no *.txt; rename the texts, or give one file")
     texts = [_read(file, file.read_bytes) for file in files]

@@ -6,10 +6,10 @@ and the SHA-256 of each file, and is written anew after each shard: what was int
 """
 
 import hashlib
-import itertools
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ INDEX = "index.json"
 KINDS = ("tokens", "ends")  # files of a shard
 SHARD = 2**26  # tokens of a shard, at least: a shard is what an interruption costs
 LIMIT = 10**8  # bytes of an index
-AGAIN = "prepare it again, or bring the file back"
+AGAIN = "run python -m tx_jax.data.prepare again, which mends it, or bring the file back"
 Ids = Integer[np.ndarray, " _"]
 
 
@@ -32,7 +32,7 @@ class TokenFiles(NamedTuple):
     """Documents, read where they lie."""
 
     directory: Path
-    sha256: str  # of the index, and so of everything
+    sha256: str  # of the index, and so of all documents
     vocab_size: int
     tokens: tuple[np.ndarray, ...]  # of each shard
     ends: tuple[Int64[np.ndarray, "documents 2"], ...]
@@ -56,11 +56,11 @@ def open_token_files(directory: str | os.PathLike[str]) -> TokenFiles:
     """
     home = Path(directory).expanduser()
     require(is_token_files(home), f"{home} holds no {INDEX}; make it by python -m tx_jax.data.prepare")
-    index = read_object(home / INDEX, LIMIT)
+    index = _read_index(home)
     require(index.get("finished") is True, f"{home} is not finished; run python -m tx_jax.data.prepare again")
-    for number, shard in enumerate(index["shards"]):
-        for kind in KINDS:
-            _verify(_file(home, number, kind), shard[kind])
+    files = [(_file(home, i, kind), shard[kind]) for i, shard in enumerate(index["shards"]) for kind in KINDS]
+    with ThreadPoolExecutor() as pool:  # hashing lets other threads run
+        list(pool.map(lambda file: _verify(*file), files))
     n = range(len(index["shards"]))
     return TokenFiles(
         home,
@@ -71,27 +71,47 @@ def open_token_files(directory: str | os.PathLike[str]) -> TokenFiles:
     )
 
 
-def write_token_files(
-    home: Path, documents: Iterable[tuple[Ids, int]], vocab_size: int, source: dict[str, Any], shard: int = SHARD
-) -> dict[str, Any]:
-    """Write documents in shards; the index. A call that was interrupted goes on after its last shard.
+def begin_token_files(home: Path, source: dict[str, Any]) -> dict[str, Any]:
+    """The index of what is there, without the shards from the first on that is not as it was written; or a new one.
 
     Args:
-        documents: ids, and the bytes of text that all but the first of them stand for.
-        source: what the documents are of, as JSON; a call that goes on must have the same.
+        source: what the documents are of, as JSON; what goes on must have the same.
 
     Raises:
-        InputError: the directory holds documents of another source, or there are none.
+        InputError: the directory holds other files, or documents of another source.
+    """
+    if not is_token_files(home):
+        require(not home.exists() or home.is_dir(), f"out='{home}' is a file; use another directory")
+        require(not home.exists() or not any(home.iterdir()), f"out='{home}' holds other files; use another directory")
+        replace_file(home / INDEX, json.dumps({"source": source, "finished": False, "shards": []}).encode())
+    index = _read_index(home)
+    theirs = index["source"]
+    differ = [f"{key}={theirs.get(key)!r}, not {x!r}" for key, x in source.items() if theirs.get(key) != x]
+    require(not differ, f"{home} holds token files of {', '.join(differ)}; use another directory, or delete it")
+    whole = [_is_whole(home, number, shard) for number, shard in enumerate(index["shards"])]
+    n = [*whole, False].index(False)  # what comes after a fault is written anew, to the same bytes
+    return index | {"shards": index["shards"][:n], "finished": index["finished"] and all(whole)}
+
+
+def write_token_files(
+    home: Path,
+    index: dict[str, Any],
+    documents: Callable[[int], Iterable[tuple[Ids, int]]],
+    vocab_size: int,
+    shard_size: int = SHARD,
+) -> dict[str, Any]:
+    """Write what is missing, in shards; the index.
+
+    Args:
+        index: of `begin_token_files`.
+        documents: (a number) → those from that number on: ids, and the bytes of text that all but the first stand for.
+
+    Raises:
+        InputError: there are none.
     """
     dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
-    index = {"source": source, "vocab_size": vocab_size, "dtype": dtype.str, "finished": False, "shards": []}
-    if (home / INDEX).exists():
-        held = read_object(home / INDEX, LIMIT)
-        rule = f"{home} holds token files of {held.get('source')!r:.200}, not of {source!r:.200}"
-        require(held.get("source") == source, f"{rule}; use another directory")
-        index = held
-    home.mkdir(parents=True, exist_ok=True)
-    rest = itertools.islice(iter(documents), sum(shard["documents"] for shard in index["shards"]), None)
+    index = index | {"vocab_size": vocab_size, "dtype": dtype.str, "shards": list(index["shards"])}
+    rest = iter(documents(sum(shard["documents"] for shard in index["shards"])) if not index["finished"] else ())
     while not index["finished"]:
         number, size, n_bytes, ends = len(index["shards"]), 0, 0, []
         with _part(home, number, "tokens").open("wb") as file:
@@ -99,7 +119,7 @@ def write_token_files(
                 file.write(ids.astype(dtype).tobytes())
                 size, n_bytes = size + len(ids), n_bytes + text
                 ends.append((size, n_bytes))
-                if size >= shard:
+                if size >= shard_size:
                     break
             file.flush()
             os.fsync(file.fileno())
@@ -108,14 +128,33 @@ def write_token_files(
             about = {kind: _about(_part(home, number, kind)) for kind in KINDS}
             for kind in KINDS:
                 os.replace(_part(home, number, kind), _file(home, number, kind))
-            index["shards"].append({"documents": len(ends), "size": size, "bytes": n_bytes} | about)
+            index["shards"].append({"documents": len(ends), "size": size} | about)
         else:
             for kind in KINDS:
                 _part(home, number, kind).unlink()
-            require(index["shards"], f"{source!r:.200} holds no document; there is nothing to train on")
+            require(
+                index["shards"], f"path={index['source'].get('path')!r} holds no document; there is nothing to train on"
+            )
             index["finished"] = True
         replace_file(home / INDEX, json.dumps(index, indent=1).encode())
     return index
+
+
+def _read_index(home: Path) -> dict[str, Any]:
+    try:
+        return read_object(home / INDEX, LIMIT)
+    except InputError as error:
+        raise InputError(f"{home / INDEX} is broken; delete {home}, and prepare it again") from error
+
+
+def _is_whole(home: Path, number: int, shard: dict[str, Any]) -> bool:
+    """Whether the files of a shard are as they were written."""
+    try:
+        for kind in KINDS:
+            _verify(_file(home, number, kind), shard[kind])
+    except InputError:
+        return False
+    return True
 
 
 def _file(home: Path, number: int, kind: str) -> Path:

@@ -98,6 +98,7 @@ def why_not(name: str, q: Array, k: Any, v: Any, mask: Mask, bias: Any, soft_cap
     }
     own = {
         "cudnn": {
+            "anything on this device, which is no NVIDIA GPU since Ampere,": not has_cudnn(),
             f"queries of {q.dtype}": q.dtype not in (jnp.bfloat16, jnp.float16),
             f"heads of {H}, which is no multiple of 8 up to 128,": H % 8 > 0 or H > 128,
             "values of another width": Hv != H,
@@ -108,6 +109,13 @@ def why_not(name: str, q: Array, k: Any, v: Any, mask: Mask, bias: Any, soft_cap
         "splash": {f"lengths of {T} and {S}, which are no multiples of {LANES},": T % LANES > 0 or S % LANES > 0},
     }
     return next((reason for reason, holds in (neither | own[name]).items() if holds), None)
+
+
+def has_cudnn() -> bool:
+    """Whether the devices are NVIDIA GPUs that cuDNN's flash attention is made for."""
+    device = jax.devices()[0]
+    cuda = device.platform == "gpu" and "cuda" in device.client.platform_version
+    return cuda and float(device.compute_capability) >= 8.0
 
 
 KERNELS = {"cudnn": cudnn, "splash": splash}

@@ -29,9 +29,15 @@ def gathered(table: Any) -> Any:
     return table if spec is None else jax.lax.with_sharding_constraint(table, spec)
 
 
+def axes() -> dict[str, int]:
+    """The sizes of the mesh's axes, without those that a caller has split already, as `pmap` has its own."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return {name: n for name, n in mesh.shape.items() if name not in mesh.manual_axes}
+
+
 def n_sequence_parts() -> int:
     """Parts of a sequence on the mesh."""
-    return jax.sharding.get_abstract_mesh().shape.get(TOKENS, 1)
+    return axes().get(TOKENS, 1)
 
 
 def over_mesh(
@@ -46,7 +52,7 @@ def over_mesh(
     but them is as long as the whole. What XLA would split by itself, it would first put together.
     """
     n = n_sequence_parts()
-    shares = (everywhere and jax.sharding.get_abstract_mesh().shape) or (n > 1 and q.shape[1] % n == 0)
+    shares = (everywhere and axes()) or (n > 1 and q.shape[1] % n == 0)
     if not shares:
         return body(q, k, v, mask, bias, key, *rest)
     split = layout(v.shape, None, HEADS)
@@ -114,7 +120,7 @@ def _axes(*parts: str | tuple[str, ...] | None) -> set[str]:
 
 def layout(shape: tuple[int, ...], *names: str | tuple[str, ...] | None) -> PartitionSpec | None:
     """Each dimension split by its axes of the mesh, those that do not divide it left out; None: there is no mesh."""
-    sizes = jax.sharding.get_abstract_mesh().shape
+    sizes = axes()
     if not sizes:
         return None
 

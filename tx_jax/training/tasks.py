@@ -83,14 +83,21 @@ def token_task(cfg: RunConfig, own: np.ndarray | None) -> Task:
     files = [open_token_files(path) for path, _ in parts]
     tokenizers = [find_tokenizer(part.directory / "tokenizer") for part in files]
     for part, tokenizer in zip(files, tokenizers, strict=True):
-        same = tokenizer is not None and tokenizer == tokenizers[0]
-        require(same, f"{part.directory} has another tokenizer than {files[0].directory}; prepare it with that one")
+        fits = tokenizer is not None and tokenizer.vocab_size == part.vocab_size
+        require(fits, f"{part.directory} does not hold the tokenizer of its {part.vocab_size} ids; prepare it again")
+        require(
+            tokenizer == tokenizers[0],
+            f"{part.directory} has another tokenizer than {files[0].directory}; prepare it with that one",
+        )
     cfg, tokenizer, load = open_start(cfg, lambda: cast(AnyTokenizer, tokenizers[0]))
     rule = f"init={cfg.init!r} has another tokenizer than {files[0].directory}"
     require(tokenizer == tokenizers[0], f"{rule}; prepare it with --tokenizer {cfg.init}")
     n_train = [split_documents(part, data.valid_fraction) for part in files]
     pieces = [cut(part, data.seq_len) for part in files]
     firsts = [part.of_documents(n) for part, n in zip(pieces, n_train, strict=True)]
+    for part, n in zip(pieces, firsts, strict=True):
+        rule = f"{part.files.directory} has {n} pieces of text to train on, and {part.n - n} held out"
+        require(0 < n < part.n, f"{rule}; give more documents, or another --data.valid-fraction")
     sources = [(part, n, share) for part, n, (_, share) in zip(pieces, firsts, parts, strict=True)]
     held_out = held_out_batches([(part, n) for part, n, _ in sources], **shape, own=own)
     if cfg.train.sample_prompt is None:
