@@ -53,7 +53,7 @@ def files(tmp_path_factory):
 
 def take(n, files, own=None, seed=0, more=()):
     sources = [(cut(part, T), cut(part, T).n, share) for part, share in ((files, 1.0), *more)]
-    return list(itertools.islice(packed_batches(sources, seq_len=T, batch_size=B, seed=seed, own=own), n))
+    return list(itertools.islice(packed_batches(sources, batch_size=B, seed=seed, own=own), n))
 
 
 def runs(batch):
@@ -98,7 +98,7 @@ def test_documents_come_back(shard, tmp_path):
 def test_all_that_is_held_out_is_a_target_once(files):
     pieces, n = cut(files, T), split_documents(files, 0.5)
     assert n == 6  # of 177 tokens, 81
-    batches = held_out_batches([(pieces, pieces.of_documents(n))], seq_len=T, batch_size=B)
+    batches = held_out_batches([(pieces, pieces.of_documents(n))], batch_size=B)
     found = sorted(tuple(targets) for i in range(len(batches)) for _, _, targets in runs(batches[i]))
     expected = [tuple(ids[1:][at : at + T]) for ids, _ in documents()[n:] for at in range(0, len(ids) - 1, T)]
     assert found == sorted(expected)
@@ -124,7 +124,7 @@ def test_training_sees_each_piece_once_an_epoch(files, monkeypatch):
 @given(n_before=st.integers(0, 9))
 def test_training_resumes_at_the_very_batch(files, n_before):
     sources = [(cut(files, T), cut(files, T).n, 1.0)]
-    dataset = packed_batches(sources, seq_len=T, batch_size=B, seed=3)
+    dataset = packed_batches(sources, batch_size=B, seed=3)
     iterator = iter(dataset)
     for _ in range(n_before):
         next(iterator)
@@ -241,9 +241,9 @@ def test_prepare_says_what_it_made_and_is_done(texts, tmp_path, capsys):
 
 
 def test_a_line_that_is_the_separator_ends_a_document(tmp_path):
-    (path := tmp_path / "a.txt").write_text("one\n\ntwo\nlines\n\n\nthree")
+    (path := tmp_path / "a.txt").write_text("one\n\ntwo\nlines\n\n\nthree\n\n")
     args = prepare.Args(out="", path=str(path), separator="")
-    assert [text for text in prepare.read_documents(args, [path]) if text] == ["one\n", "two\nlines\n", "three"]
+    assert list(prepare.read_documents(args, [path])) == ["one\n", "two\nlines\n", "three\n"]
 
 
 def test_documents_begin_and_end_as_the_tokenizer_says(texts, tmp_path):

@@ -6,7 +6,7 @@ which documents the others read it knows, too, so that the batches do not depend
 """
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -117,7 +117,6 @@ def packed(sources: Sequence[Pieces], chosen: Sequence[Sequence[int]]) -> list[R
 def packed_batches(
     sources: Sequence[tuple[Pieces, int, float]],
     *,
-    seq_len: int,
     batch_size: int,
     seed: int,
     own: Bool[np.ndarray, " B"] | None = None,
@@ -125,13 +124,15 @@ def packed_batches(
     """Endless batches of packed documents, each once an epoch of its source. Resumes exactly, as `train_batches`.
 
     Args:
-        sources: (pieces, how many of them, share of all tokens) of each corpus; the shares need not sum to 1.
+        sources: (pieces, how many of them, share of all tokens) of each corpus, for rows of one length; the shares need
+            not sum to 1.
         own: rows whose tokens are read; the others keep zeros. None: all.
     """
     import grain  # here, because `import tx_jax` should be quick
     from grain import experimental
 
-    mean_lengths = [np.maximum(pieces.lengths - 1, 0).sum() / pieces.n for pieces, _, _ in sources]
+    of = [pieces for pieces, _, _ in sources]
+    mean_lengths = [np.maximum(pieces.lengths - 1, 0).sum() / pieces.n for pieces in of]
     shares = np.array([share / mean for (_, _, share), mean in zip(sources, mean_lengths, strict=True)])
     shares /= shares.sum()  # of the pieces
 
@@ -145,7 +146,7 @@ def packed_batches(
         return [experimental.index_shuffle(j % n, n - 1, order(s, j // n), 4) for j in range(*ends)]
 
     def rows(block: int) -> list[Row]:
-        found = packed([part for part, _, _ in sources], [chosen(block, s) for s in range(len(sources))])
+        found = packed(of, [chosen(block, s) for s in range(len(sources))])
         return [found[i] for i in np.random.default_rng([seed, block]).permutation(len(found))]
 
     class Rows(experimental.FlatMapTransform):
@@ -157,11 +158,11 @@ def packed_batches(
     in_this_thread = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     blocks = grain.MapDataset.range(2**31 - 1).map(rows).to_iter_dataset(in_this_thread)
     batches = experimental.FlatMapIterDataset(blocks, Rows()).batch(batch_size, batch_fn=list)
-    return batches.map(lambda rows: collate([pieces for pieces, _, _ in sources], rows, seq_len, own))
+    return batches.map(lambda rows: collate(of, rows, own))
 
 
 def held_out_batches(
-    sources: Sequence[tuple[Pieces, int]], *, seq_len: int, batch_size: int, own: Bool[np.ndarray, " B"] | None = None
+    sources: Sequence[tuple[Pieces, int]], *, batch_size: int, own: Bool[np.ndarray, " B"] | None = None
 ) -> "grain.MapDataset":
     """Every piece from a number on, of each source, once; read as it is asked for. The last rows may be empty."""
     import grain
@@ -170,15 +171,12 @@ def held_out_batches(
     rows = packed(of, [range(first, part.n) for part, first in sources])
     rows += [[]] * (-len(rows) % batch_size)
     groups = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-    return grain.MapDataset.source(groups).map(lambda rows: collate(of, rows, seq_len, own))
+    return grain.MapDataset.source(groups).map(lambda rows: collate(of, rows, own))
 
 
-def collate(
-    sources: Sequence[Pieces], rows: Iterable[Row], seq_len: int, own: Bool[np.ndarray, " B"] | None = None
-) -> Batch:
+def collate(sources: Sequence[Pieces], rows: Sequence[Row], own: Bool[np.ndarray, " B"] | None = None) -> Batch:
     """The batch of these rows. Padding has position −1, no weight, and a segment of its own."""
-    rows = list(rows)
-    shape = len(rows), seq_len
+    shape = len(rows), sources[0].seq_len
     tokens, targets = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     positions, segments = np.full(shape, -1, np.int32), np.zeros(shape, np.int32)
     for b, row in enumerate(rows):

@@ -107,11 +107,8 @@ def read_documents(args: Args, files: Iterable[Path]) -> Iterator[str]:
     Raises:
         InputError: a line is no JSON with that field, a text is not UTF-8, or the dataset is not there.
     """
-    if args.dataset is not None:
-        return _of_dataset(args)
-    return itertools.chain.from_iterable(
-        _of_text(file, args.separator) if file.suffix == ".txt" else _of_lines(file, args) for file in files
-    )
+    texts = (_of_text(file, args.separator) if file.suffix == ".txt" else _of_lines(file, args) for file in files)
+    return filter(None, itertools.chain.from_iterable(texts) if args.dataset is None else _of_dataset(args))
 
 
 def _of_text(file: Path, separator: str | None) -> Iterator[str]:

@@ -85,7 +85,7 @@ def begin_token_files(home: Path, source: dict[str, Any]) -> dict[str, Any]:
         require(not home.exists() or not any(home.iterdir()), f"out='{home}' holds other files; use another directory")
         replace_file(home / INDEX, json.dumps({"source": source, "finished": False, "shards": []}).encode())
     index = _read_index(home)
-    theirs = index["source"]
+    theirs = index.get("source", {})
     differ = [f"{key}={theirs.get(key)!r}, not {x!r}" for key, x in source.items() if theirs.get(key) != x]
     require(not differ, f"{home} holds token files of {', '.join(differ)}; use another directory, or delete it")
     whole = [_is_whole(home, number, shard) for number, shard in enumerate(index["shards"])]
@@ -132,9 +132,8 @@ def write_token_files(
         else:
             for kind in KINDS:
                 _part(home, number, kind).unlink()
-            require(
-                index["shards"], f"path={index['source'].get('path')!r} holds no document; there is nothing to train on"
-            )
+            rule = f"path={index['source'].get('path')!r} holds no document"
+            require(index["shards"], f"{rule}; there is nothing to train on")
             index["finished"] = True
         replace_file(home / INDEX, json.dumps(index, indent=1).encode())
     return index

@@ -76,7 +76,7 @@ def open_task(cfg: RunConfig, own: np.ndarray | None = None) -> Task:
 
 def token_task(cfg: RunConfig, own: np.ndarray | None) -> Task:
     """Token files, whose documents are packed."""
-    data, shape = cfg.data, {"seq_len": cfg.data.seq_len, "batch_size": cfg.data.batch_size}
+    data, B = cfg.data, cfg.data.batch_size
     parts = [(str(data.path), 1.0)] if data.mixture is None else parse_mixture(data.mixture)
     rule = f"token files are for data.objective='next_token', not {data.objective!r}"
     require(data.objective == "next_token", f"{rule}; give a text")
@@ -85,10 +85,8 @@ def token_task(cfg: RunConfig, own: np.ndarray | None) -> Task:
     for part, tokenizer in zip(files, tokenizers, strict=True):
         fits = tokenizer is not None and tokenizer.vocab_size == part.vocab_size
         require(fits, f"{part.directory} does not hold the tokenizer of its {part.vocab_size} ids; prepare it again")
-        require(
-            tokenizer == tokenizers[0],
-            f"{part.directory} has another tokenizer than {files[0].directory}; prepare it with that one",
-        )
+        rule = f"{part.directory} has another tokenizer than {files[0].directory}"
+        require(tokenizer == tokenizers[0], f"{rule}; prepare it with that one")
     cfg, tokenizer, load = open_start(cfg, lambda: cast(AnyTokenizer, tokenizers[0]))
     rule = f"init={cfg.init!r} has another tokenizer than {files[0].directory}"
     require(tokenizer == tokenizers[0], f"{rule}; prepare it with --tokenizer {cfg.init}")
@@ -99,14 +97,14 @@ def token_task(cfg: RunConfig, own: np.ndarray | None) -> Task:
         rule = f"{part.files.directory} has {n} pieces of text to train on, and {part.n - n} held out"
         require(0 < n < part.n, f"{rule}; give more documents, or another --data.valid-fraction")
     sources = [(part, n, share) for part, n, (_, share) in zip(pieces, firsts, parts, strict=True)]
-    held_out = held_out_batches([(part, n) for part, n, _ in sources], **shape, own=own)
+    held_out = held_out_batches([(part, n) for part, n, _ in sources], batch_size=B, own=own)
     if cfg.train.sample_prompt is None:
         ids = pieces[0].read(firsts[0])[:PROMPT]
         train = dataclasses.replace(cfg.train, sample_prompt=tokenizer.decode(ids) or "\n")
         cfg = dataclasses.replace(cfg, train=train)
     return Task(
         cfg, tokenizer, load, hashlib.sha256("".join(part.sha256 for part in files).encode()).hexdigest(),
-        packed_batches(sources, **shape, seed=cfg.train.seed, own=own), held_out, go_on(cfg, tokenizer),
+        packed_batches(sources, batch_size=B, seed=cfg.train.seed, own=own), held_out, go_on(cfg, tokenizer),
         sum(int(part.lengths[n:, 1].sum()) for part, n in zip(files, n_train, strict=True)),
     )  # fmt: skip
 
