@@ -8,6 +8,7 @@ and the SHA-256 of each file, and is written anew after each shard: what was int
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -83,14 +84,23 @@ def begin_token_files(home: Path, source: dict[str, Any]) -> dict[str, Any]:
     if not is_token_files(home):
         require(not home.exists() or home.is_dir(), f"out='{home}' is a file; use another directory")
         require(not home.exists() or not any(home.iterdir()), f"out='{home}' holds other files; use another directory")
-        replace_file(home / INDEX, json.dumps({"source": source, "finished": False, "shards": []}).encode())
+        _begin(home, source)
     index = _read_index(home)
     theirs = index.get("source", {})
+    if theirs and theirs != source and not index["shards"]:  # as after a mistake in the flags: nothing is lost
+        theirs = (index := _begin(home, source))["source"]
     differ = [f"{key}={theirs.get(key)!r}, not {x!r}" for key, x in source.items() if theirs.get(key) != x]
     require(not differ, f"{home} holds token files of {', '.join(differ)}; use another directory, or delete it")
     whole = [_is_whole(home, number, shard) for number, shard in enumerate(index["shards"])]
     n = [*whole, False].index(False)  # what comes after a fault is written anew, to the same bytes
     return index | {"shards": index["shards"][:n], "finished": index["finished"] and all(whole)}
+
+
+def _begin(home: Path, source: dict[str, Any]) -> dict[str, Any]:
+    index = {"source": source, "finished": False, "shards": []}
+    shutil.rmtree(home / "tokenizer", ignore_errors=True)
+    replace_file(home / INDEX, json.dumps(index).encode())
+    return index
 
 
 def write_token_files(
