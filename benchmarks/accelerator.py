@@ -4,7 +4,7 @@
     python benchmarks/accelerator.py --small   # the same on a CPU, of models so small that the figures mean nothing
 
 Prints, for attention, the time of the kernel and of the reference, forward and backward, and how far they are apart, in
-parts of the largest value; for a training step of GPT-2 small and of Llama 3.2 1B in bfloat16, tokens/s, MFU and memory.
+parts of the largest value; for a step of GPT-2 small and of Llama 3.2 1B in bfloat16, tokens/s, MFU and memory.
 """
 
 import dataclasses
