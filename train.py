@@ -1,19 +1,26 @@
 """Train a Transformer: `python train.py gpt-shakespeare`. `python train.py --help` lists what else there is."""
 
+import signal
 import sys
 
 from tx_jax.command_line import keep_compiled, keep_memory, one_line_errors, parse_run
 from tx_jax.processes import connect
 from tx_jax.training.loop import fit
+from tx_jax.training.stopping import stopping
 
 
 @one_line_errors()
 def main(args: list[str]) -> None:
     """Train what the command line describes."""
     keep_compiled()
-    fit(parse_run(connect(args)))
+    cfg = parse_run(connect(args))
+    with stopping() as stop:
+        state = fit(cfg, stop)
+    if state.step < cfg.train.n_steps:
+        sys.exit(stop.exit_code)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the second Ctrl-C, and any before training begins, ends at once
     keep_memory()
     main(sys.argv[1:])

@@ -1,5 +1,6 @@
 """Checkpoints: bit for bit, onto other devices, after a kill; and each refusal by its text."""
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -18,8 +19,9 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tx_jax.checkpoint import latest_step, restore, restore_params, saver
+from tx_jax.checkpoint import CheckpointError, latest_step, restore, restore_params, saver
 from tx_jax.errors import InputError
+from tx_jax.integrity import sums
 from tx_jax.run_config import MeshConfig, RunConfig
 from tx_jax.run_dir import claim_run_dir, read_config, write_config
 
@@ -182,7 +184,7 @@ def without(state: State, name: str) -> State:
         (lambda s: without(s, "w"), "params/w", "float32[8, 3]", "absent"),
         (lambda s: make_state(0, optax.sgd(0.1, momentum=0.9)), "state/opt_state/0/count", "int32[]", "absent"),
         (lambda s: s._replace(key=jax.random.PRNGKey(0)), "state/key", "key<fry>[]", "uint32[2]"),
-        (lambda s: s._replace(key=jax.random.key(0, impl="rbg")), "state/key", "uint32[2]", "uint32[4]"),
+        (lambda s: s._replace(key=jax.random.key(0, impl="rbg")), "state/key", "key<fry>[]", "key<rbg>[]"),
     ],
 )
 def test_refuses_another_tree(tmp_path, change, leaf, there, here):
@@ -222,6 +224,68 @@ def test_refuses_damage(tmp_path, caplog, victim, damage):
         restore_params(tmp_path, params)
     assert str(refusal.value).endswith("; remove it to go back to an earlier step")
     assert not caplog.records  # nothing on the terminal but the refusal
+
+
+def payload(path: pathlib.Path) -> list[pathlib.Path]:
+    """The files of a checkpoint that are not empty, arrays first."""
+    return sorted(
+        (file for file in path.rglob("*") if file.is_file() and file.stat().st_size),
+        key=lambda file: -file.stat().st_size,
+    )
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_flipped_bit_is_never_another_number(tmp_path, seed):
+    rng = np.random.default_rng(seed)
+    state = make_state(3)._replace(params={"w": jnp.asarray(rng.integers(0, 2**32, 4096, np.uint32)), "b": jnp.ones(9)})
+    with saver(tmp_path, 1) as save:
+        save(3, state, DATA)
+    files = payload(tmp_path / "checkpoints" / "3")
+    victim = files[0] if seed < 6 else files[rng.integers(len(files))]
+    content = bytearray(victim.read_bytes())
+    at = rng.integers(len(content))
+    content[at] ^= 1 << rng.integers(8)
+    victim.write_bytes(content)
+    known = pytest.raises(CheckpointError, match=f"^[^\n]*{re.escape(str(tmp_path))}[^\n]*$")
+    with contextlib.suppress(EveryBitIsRight), known:
+        found, data = restore(tmp_path, jax.eval_shape(lambda: state))
+        assert_same(found, state)
+        assert data == DATA
+        assert seed >= 6
+        raise EveryBitIsRight  # the victim is what nobody reads
+
+
+class EveryBitIsRight(Exception):  # noqa: N818
+    pass
+
+
+def test_a_changed_element_is_named(tmp_path, monkeypatch):
+    """As a bit that its file's own checks let pass."""
+    from orbax.checkpoint import v1 as ocp
+
+    put(tmp_path, 1)
+    load = ocp.load_checkpointables
+
+    def flipped(path, wanted):
+        found = load(path, wanted)
+        found["params"]["b"]["c"] = found["params"]["b"]["c"].at[6].set(1.0078125)  # the last bit of a bfloat16
+        return found
+
+    monkeypatch.setattr(ocp, "load_checkpointables", flipped)
+    with pytest.raises(CheckpointError, match=r"^params/b/c of .*/checkpoints/1 is damaged: its bits are not those"):
+        restore(tmp_path, make_state())
+
+
+@pytest.mark.parametrize("dtype", ["bool", "int8", "uint8", "float16", "bfloat16", "int32", "float32", "key<fry>"])
+def test_sums_tell_every_bit_and_place(dtype):
+    keys = jax.random.split(jax.random.key(0), (4, 2, 3))
+    x = keys if dtype == "key<fry>" else (jax.random.key_data(keys)[..., 0] % 2).astype(dtype)
+    mesh = jax.make_mesh((4,), ("data",))
+    shared = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
+    others = [x.at[i].set(x[(i + 1) % 4]) for i in range(4)] + [x[::-1], x.swapaxes(0, 1), x.reshape(4, 6)]
+    told = [sums({"x": other})["x"] for other in [x, *others]]
+    assert sums({"x": shared})["x"] == told[0]
+    assert len(set(told)) == len(told)
 
 
 def changed(**fields: Any) -> RunConfig:
@@ -303,7 +367,7 @@ def test_a_mean_over_steps_lies_apart(tmp_path):
     assert_same(restore(tmp_path, state)[0], state)
     assert_same(restore_params(tmp_path, state.params, part="ema"), state.ema)
     assert_same(restore_params(tmp_path, state.params), state.params)
-    with refuses("its metadata is damaged"):
+    with refuses("its metadata is damaged"):  # has no such part
         restore_params(put(tmp_path / "none", 1), make_state().params, part="ema")
 
 

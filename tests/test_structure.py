@@ -21,7 +21,7 @@ RANKS = {  # of every module of the package
     "data.pairs": 1, "data.buckets": 1, "data.trained": 2, "data.token_bytes": 2,
     "data.vocabularies": 2, "data.vocabulary_files": 3, "data.chat": 2, "data.chat_template": -3,
     "stacked": 0, "processes": 0,
-    "presets": 2, "run_presets": 3, "run_dir": 2, "lora": 2, "cache": 1, "parallel": 2, "checkpoint": 2,
+    "presets": 2, "run_presets": 3, "run_dir": 2, "lora": 2, "cache": 1, "parallel": 2, "checkpoint": 2, "integrity": 0,
     "training.optim": 2, "modules.linear": 1, "modules.mlp": 2, "modules.norms": 2, "modules.positions": 2,
     "command_line": 4,
     "modules.moe": 3, "modules.attention": 3, "modules.embed": 3,
@@ -35,7 +35,8 @@ RANKS = {  # of every module of the package
     "convert.layouts": 0, "convert.gguf": 1, "convert.fields": 1, "convert.mapping": 6, "convert.family": 7,
     "convert.decoders": 8, "convert.encoders": 8, "convert.gguf_models": 8, "convert.pretrained": 9,
     "convert.sources": 10, "convert.__main__": 11, "training.start": 11, "training.samples": 11, "writing": 11,
-    "batch_output": 3, "batch_input": 12, "batch_job": 13, "training.tasks": 12, "training.loop": 13,
+    "batch_output": 3, "batch_input": 12, "batch_job": 13, "training.tasks": 12, "training.loop": 14,
+    "training.resume": 13, "training.stopping": 0,
     "": 11,  # the public surface
 }  # fmt: skip
 PURE = ["training.losses", "decoding.rules", "decoding.automaton", *(name for name in RANKS if name.startswith("ops."))]
@@ -85,7 +86,7 @@ def test_no_reference_implementation_in_the_package(name):
 
 @pytest.mark.parametrize("name", ["parallel", "checkpoint"])
 def test_launchers_and_checkpoints_see_no_model(name):
-    assert own_imports(name) <= {"config", "config_checks", "config_json", "errors", "run_config"}
+    assert own_imports(name) <= {"config", "config_checks", "config_json", "errors", "integrity", "run_config"}
 
 
 def test_the_program_that_renders_a_template_imports_nothing_heavy():

@@ -1,16 +1,20 @@
 """What a run leaves in `checkpoints/<step>/`: its state, and its place in the data.
 
 A checkpoint is written under a temporary name and renamed when it is whole, so a kill at any moment leaves the last one
-in place. Parameters are stored apart from the rest, so that sampling never reads the optimiser's state.
+in place. It holds a sum of each leaf's bits, to which what is read is held. Parameters are stored apart from the rest,
+so that sampling never reads the optimiser's state.
 """
 
 import contextlib
 import functools
+import gc
+import itertools
 import json
 import logging
 import os
 import pathlib
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -21,11 +25,17 @@ from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, PyTree
 
 from tx_jax.errors import InputError, require
+from tx_jax.integrity import is_sealed, kind, leaves, seal, sums
 
 RunDir = str | os.PathLike[str]
 UNFINISHED = ".orbax-checkpoint-tmp"  # Orbax's suffix of what is not whole (orbax TMP_DIR_SUFFIX)
 BASE = "base"  # in a run directory: the parameters that adapters are beside, as the step 0 of a run of its own
+ASIDE = ".aside"  # suffix of a step that a run has left for an earlier one
 EARLIER = "remove it to go back to an earlier step"
+
+
+class CheckpointError(InputError):
+    """A checkpoint is not what was saved: cut, changed or lost in part."""
 
 
 @contextlib.contextmanager
@@ -71,7 +81,8 @@ def saver(run_dir: RunDir, keep: int) -> Iterator[Callable[[int, Any, dict[str, 
         parts = _parts(state)
         copied = json.loads(json.dumps(data))  # `data` may be the iterator's own dict, which the next batch changes
         path = str(_home(run_dir) / str(step))
-        pending = ocp.save_checkpointables_async(path, parts, custom_metadata={"data": copied})
+        about = seal({"data": copied, "sums": sums(parts)})
+        pending = ocp.save_checkpointables_async(path, parts, custom_metadata=about)
 
     try:
         yield save
@@ -80,8 +91,8 @@ def saver(run_dir: RunDir, keep: int) -> Iterator[Callable[[int, Any, dict[str, 
 
 
 def latest_step(run_dir: RunDir) -> int | None:
-    """The newest step that `restore` can load; None if there is none."""
-    return max(_steps(run_dir), default=None)
+    """The newest step; None if there is none."""
+    return max(saved_steps(run_dir), default=None)
 
 
 def restore(run_dir: RunDir, abstract_state: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
@@ -118,7 +129,7 @@ def restore_params(
         InputError: as `restore`.
     """
     last = int(step_dir(run_dir, step).name)
-    steps = [step for step in _steps(run_dir) if step <= last][-n_averaged:]
+    steps = [step for step in saved_steps(run_dir) if step <= last][-n_averaged:]
     trees = (_load(step_dir(run_dir, step), {part: abstract_params})[0][part] for step in steps)
     total = functools.reduce(lambda one, other: jax.tree.map(jnp.add, one, other), trees)
     return total if len(steps) == 1 else jax.tree.map(lambda leaf: leaf / len(steps), total)
@@ -173,44 +184,68 @@ def _load(path: pathlib.Path, parts: dict[str, Any]) -> tuple[dict[str, Any], di
 
     with _one_line(path):
         about = ocp.checkpointables_metadata(str(path))
-    saved = {name: about.metadata.get(name) for name in parts}
-    extra: Any = about.custom_metadata or {}
-    whole = None not in saved.values() and "data" in extra
-    require(whole, f"{path} cannot be read: its metadata is damaged; {EARLIER}")
-    _check_leaves(path, saved, jax.tree.map(_stored, parts))
+        record: Any = about.custom_metadata or {}
+        stored = {name: about.metadata.get(name) for name in parts}
+    plain = record.keys() == {"data"}  # as 0.1 wrote it, without sums
+    whole = None not in stored.values() and (plain or is_sealed(record))
+    damaged = f"{path} cannot be read: its metadata is damaged; {EARLIER}"
+    _check(whole, damaged)
+    stored = {name: kind(leaf) for name, leaf in leaves(stored).items()}
+    saved = stored if plain else {n: told.rpartition(" ")[0] for n, told in _sums_of(record, parts).items()}
+    _check(saved.keys() == stored.keys(), damaged)
+    wanted = {name: kind(leaf) for name, leaf in leaves(parts).items()}
+    # A typed key is written as its uint32 data, and given back as the kind that is in the file, whatever is asked for.
+    keys = {name: saved[name] for name, told in wanted.items() if plain and told.startswith("key<") and name in saved}
+    _require_same(path, saved, wanted | keys)
     with _one_line(path):
         found = ocp.load_checkpointables(str(path), jax.tree.map(_target, parts))
-    _check_leaves(path, found, parts)  # Orbax gives back the kind of key in the file, whatever kind is asked for
-    return found, extra["data"]
+    _require_same(path, {name: kind(leaf) for name, leaf in leaves(found).items()}, wanted)
+    for name, told in {} if plain else sums(found).items():
+        _check(record["sums"][name] == told, f"{name} of {path} is damaged: its bits are not those saved; {EARLIER}")
+    return found, record["data"]
 
 
-def _check_leaves(path: pathlib.Path, saved: PyTree, wanted: PyTree) -> None:
+def _require_same(path: pathlib.Path, saved: dict[str, str], wanted: dict[str, str]) -> None:
     """Refuse what Orbax would cast without a word, and name what it would refuse in a page."""
-    trees = [{name: f"{x.dtype}{list(x.shape)}" for name, x in _leaves(tree).items()} for tree in (saved, wanted)]
-    for name in sorted(trees[0].keys() | trees[1].keys()):
-        there, here = (tree.get(name, "absent") for tree in trees)
+    for name in sorted(saved.keys() | wanted.keys()):
+        there, here = saved.get(name, "absent"), wanted.get(name, "absent")
         require(there == here, f"{name} is {there} in {path}, but {here} here; use the configuration it was saved with")
+
+
+def _sums_of(record: dict[str, Any], parts: dict[str, Any]) -> dict[str, str]:
+    return {name: told for name, told in record["sums"].items() if name.split("/")[0] in parts}
+
+
+def _check(ok: object, message: str) -> None:
+    if not ok:
+        raise CheckpointError(message)
 
 
 @contextlib.contextmanager
 def _one_line(path: pathlib.Path) -> Iterator[None]:
-    """Orbax reports a damaged file by pages of log and one of several errors: quieten the log, make the error ours."""
+    """Orbax reports a damaged file by pages of log, one of many errors and what other reads leave: make it one line."""
     logger = logging.getLogger("absl")
-    level = logger.level
+    level, hook = logger.level, sys.unraisablehook
     logger.setLevel(logging.CRITICAL)
+    sys.unraisablehook = lambda _: None
     try:
         yield
-    except (KeyError, ValueError, OSError) as error:
-        raise InputError(f"{path} cannot be read: {type(error).__name__}; {EARLIER}") from error
+    except Exception as error:
+        what = type(error).__name__
+        error.__traceback__ = None  # which holds those other reads
+        gc.collect()
+        raise CheckpointError(f"{path} cannot be read: {what}; {EARLIER}") from None
     finally:
         logger.setLevel(level)
+        sys.unraisablehook = hook
 
 
 def _home(run_dir: RunDir) -> pathlib.Path:
     return pathlib.Path(run_dir).absolute() / "checkpoints"  # Orbax refuses relative paths
 
 
-def _steps(run_dir: RunDir) -> list[int]:
+def saved_steps(run_dir: RunDir) -> list[int]:
+    """The steps whose checkpoints are there, in order."""
     return sorted(int(path.name) for path in _home(run_dir).glob("*") if path.name.isdigit())
 
 
@@ -220,35 +255,31 @@ def step_dir(run_dir: RunDir, step: int | None) -> pathlib.Path:
     Raises:
         InputError: there is no such checkpoint.
     """
-    steps = _steps(run_dir)
+    steps = saved_steps(run_dir)
     require(steps, f"run_dir='{run_dir}' holds no checkpoint; train with --run-dir {run_dir} first")
     step = steps[-1] if step is None else step
     require(step in steps, f"step={step} is not in run_dir='{run_dir}'; it has {', '.join(map(str, steps))}")
     return _home(run_dir) / str(step)
 
 
+def set_aside(run_dir: RunDir, step: int) -> pathlib.Path:
+    """Put a checkpoint where nothing looks for one, under its step and the first free number; where it lies then."""
+    path = step_dir(run_dir, step)
+    names = (path.with_name(f"{step}{ASIDE}{n or ''}") for n in itertools.count())
+    return path.rename(next(name for name in names if not name.exists()))
+
+
 def _prune(run_dir: RunDir, keep: int) -> None:
     """Remove all but the newest steps, and what a kill left unfinished."""
     if jax.process_index() != 0:
         return
-    for step in _steps(run_dir)[:-keep]:
+    for step in saved_steps(run_dir)[:-keep]:
         path = _home(run_dir) / str(step)
         path.rename(f"{path}{UNFINISHED}")  # a kill during the removal must not leave half a step under its name
     for path in _home(run_dir).glob(f"*{UNFINISHED}"):
         shutil.rmtree(path)
 
 
-def _leaves(tree: PyTree) -> dict[str, Any]:
-    """Leaves by path."""
-    paths = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in paths}
-
-
 def _target(x: Any) -> jax.ShapeDtypeStruct:
     # Without a sharding Orbax would warn, and use that of the devices it was saved from.
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or SingleDeviceSharding(jax.local_devices()[0]))
-
-
-def _stored(x: Any) -> Any:
-    """What the metadata says of a leaf: a typed key is written as its uint32 data."""
-    return jax.eval_shape(jax.random.key_data, x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x

@@ -121,6 +121,7 @@ class TrainConfig:
     eval_every: int = 500  # the whole validation split; translate: and the scores of n_scored translations
     sample_every: int = 500
     save_every: int = 500
+    max_skipped: int = 10  # steps in a row that are not finite, and change nothing, before the run gives up
     keep: int = 2  # newest checkpoints kept
     n_averaged: int = 1  # newest checkpoints whose mean is tested at the end, and what sample.py takes (§6.1 of 2017)
     ema_rate: float = 0.0  # of the mean of all parameters so far that is evaluated, and sampled; 0: the parameters
@@ -132,6 +133,8 @@ class TrainConfig:
         check(self)
         n = self.accumulate_steps
         require(n >= 1, f"accumulate_steps={n} must be at least 1, the whole batch at once")
+        most = self.max_skipped
+        require(most >= 1, f"max_skipped={most} must be at least 1, to give up at the first step that is not finite")
         require(self.keep >= 1, f"keep={self.keep} must be at least 1, the newest checkpoint")
         mean, keep = self.n_averaged, self.keep
         require(mean <= keep, f"n_averaged={mean} exceeds keep={keep}, the checkpoints there are; raise --train.keep")
@@ -191,6 +194,7 @@ class RunConfig:
     train: TrainConfig = TrainConfig()
     mesh: MeshConfig = MeshConfig()
     lora: LoraConfig = LoraConfig()
+    resume: str = "auto"  # auto: after the newest whole checkpoint | never | must | a step, later ones set aside
     profile: bool = False  # write a trace of five steps to run_dir/profile
 
     @property
@@ -231,6 +235,9 @@ class RunConfig:
         stack, needs = self.model.stack, STACKS[objective]
         rule = f"data.objective={objective!r} trains model.stack={needs!r}, not {stack!r}"
         require(given or stack == needs, f"{rule}; change the one or the other")
+        how = self.resume
+        known = how in ("auto", "never", "must") or (how.isascii() and how.isdecimal())
+        require(known, f"resume={how!r} is none of auto, never, must, nor the step of a checkpoint")
         require(self.run_dir != "", "run_dir='' names no directory; use --run-dir runs/NAME")
         warm, total = self.optim.warmup_steps, self.train.n_steps
         require(

@@ -1,9 +1,16 @@
-"""A run directory belongs to one run: its `config.json` says which, and what may change when the run goes on."""
+"""A run directory belongs to one run: its `config.json` says which, and what may change when the run goes on.
 
+And to one process at a time, which holds its `lock`.
+"""
+
+import contextlib
 import dataclasses
+import fcntl
 import os
 import pathlib
 import re
+import socket
+from collections.abc import Iterator
 from typing import Any
 
 from tx_jax.config_json import from_json, to_json
@@ -12,9 +19,11 @@ from tx_jax.run_config import RunConfig
 
 RunDir = str | os.PathLike[str]
 UNFINISHED_CONFIG = "config.json.tmp"
+LOCK = "lock"
+ANOTHER = "use another --run-dir"
 # Fields that may change when a run goes on: they do not enter the mathematics of a step.
 FREE = re.compile(
-    r"run_dir|profile|mesh\..*|train\.(\w+_every|keep|n_averaged|n_scored|sample_\w+|accumulate_steps|remat|scan_layers)"
+    r"run_dir|profile|resume|mesh\..*|train\.(\w+_every|keep|max_skipped|n_averaged|n_scored|sample_\w+|accumulate_steps|remat|scan_layers)"
 )
 
 
@@ -40,6 +49,46 @@ def read_config(run_dir: RunDir) -> RunConfig:
         raise InputError(f"{path} cannot be read: {error}; use another --run-dir") from error
 
 
+@contextlib.contextmanager
+def locked(run_dir: RunDir) -> Iterator[int]:
+    """Keep other processes out of a run directory, which is made if need be. The lock ends with its process.
+
+    Raises:
+        InputError: another process has it, or the directory is no run's.
+    """
+    path = pathlib.Path(run_dir)
+    _is_used(path)
+    path.mkdir(parents=True, exist_ok=True)
+    with (path / LOCK).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            rule = f"run_dir='{run_dir}' is in use by {file.read() or 'another process'}"
+            raise InputError(f"{rule}; wait for its end, or {ANOTHER}") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        try:
+            yield os.getpid()
+        finally:
+            file.truncate(0)
+
+
+def _is_used(run_dir: RunDir) -> bool:
+    """Whether a run is in the directory.
+
+    Raises:
+        InputError: there is something else.
+    """
+    path = pathlib.Path(run_dir)
+    require(path.is_dir() or not path.exists(), f"run_dir='{run_dir}' is a file; {ANOTHER}")
+    used = path.is_dir() and any(entry.name not in (UNFINISHED_CONFIG, LOCK) for entry in path.iterdir())
+    is_run = not used or (path / "config.json").exists()
+    require(is_run, f"run_dir='{run_dir}' holds files but no config.json; {ANOTHER}")
+    return used
+
+
 def claim_run_dir(run_dir: RunDir, cfg: RunConfig) -> None:
     """Make `run_dir` the home of the run `cfg`: a new directory, or one in which the same run goes on.
 
@@ -48,17 +97,13 @@ def claim_run_dir(run_dir: RunDir, cfg: RunConfig) -> None:
     Raises:
         InputError: run_dir is a file, holds other things, or a run that differs in a field that is not FREE.
     """
-    path = pathlib.Path(run_dir)
-    another = "use another --run-dir"
-    require(path.is_dir() or not path.exists(), f"run_dir='{run_dir}' is a file; {another}")
-    if path.is_dir() and any(entry.name != UNFINISHED_CONFIG for entry in path.iterdir()):
-        require((path / "config.json").exists(), f"run_dir='{run_dir}' holds files but no config.json; {another}")
+    if _is_used(run_dir):
         old, new = fields_of(read_config(run_dir)), fields_of(cfg)
         names = [name for name in sorted(new) if not FREE.fullmatch(name) and old[name] != new[name]]
         says = ", ".join(f"{name}={old[name]!r}, not {new[name]!r}" for name in names[:3])
         more = f", and {len(names) - 3} more" if len(names) > 3 else ""
-        require(not names, f"run_dir='{run_dir}' holds a run with {says}{more}; {another}, or its values")
-    write_config(run_dir, cfg)
+        require(not names, f"run_dir='{run_dir}' holds a run with {says}{more}; {ANOTHER}, or its values")
+    write_config(run_dir, dataclasses.replace(cfg, resume="auto"))
 
 
 def fields_of(cfg: RunConfig) -> dict[str, Any]:

@@ -3,8 +3,6 @@
 import importlib.util
 import json
 import shutil
-import signal
-import time
 
 import jax
 import numpy as np
@@ -91,24 +89,6 @@ def test_going_on_after_a_kill_is_bit_exact(run, train, tmp_path, capsys):
     assert "continuing after step 20 of 40" in capsys.readouterr().out
     assert_same_params(run, again)
     assert [row for row in records(again) if row["step"] != 21] == records(run)  # 21: its first, which it reports
-
-
-def test_ctrl_c_saves_and_the_same_command_goes_on(run, train, child, tiny, tmp_path, capsys):
-    stopped = tmp_path / "stopped"
-    command = [*tiny, "--run-dir", str(stopped)]
-    process = child("train.py", *command, "--train.log-every", "1", "--train.sample-every", "1")  # to be in time
-    metrics, deadline = stopped / "metrics.jsonl", time.monotonic() + 100
-    while not (metrics.exists() and metrics.read_text().count("\n") >= 2) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=100)
-    assert (process.returncode, err) == (0, "")
-    assert "stopped and saved; the same command goes on from here" in out
-    step = latest_step(stopped)
-    assert 2 <= step < 40
-    train(command)
-    assert f"continuing after step {step} of 40" in capsys.readouterr().out
-    assert_same_params(run, stopped)
 
 
 def test_a_text_without_line_ends(train, sample, tiny, tmp_path, capsys):

@@ -179,9 +179,25 @@ def test_a_batch_without_weight_leaves_only_the_decay_of_weights(weight_decay):
         optim=OptimConfig(schedule="constant", warmup_steps=0, peak_lr=0.5, weight_decay=weight_decay)
     )
     after, metrics = jit(step)(state, make_batch(lengths=[0] * B))
-    assert metrics == (0, 0, 0)
+    assert metrics == (0, 0, 0, False)
     for old, new in zip(jax.tree.leaves(state.params), jax.tree.leaves(after.params), strict=True):
         np.testing.assert_allclose(new, old * (1 - 0.5 * weight_decay * (old.ndim >= 2)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 3e38])  # 3e38: a loss that is finite, with a gradient that is not
+def test_a_step_that_is_not_finite_changes_nothing_but_the_step(bad):
+    _, step, state = make(ema_rate=0.9)
+    state, batch = state._replace(ema=state.params), make_batch()
+    after, metrics = jit(step)(state, batch._replace(weights=batch.weights.at[2, 3].set(bad)))
+    assert metrics.skipped
+    assert after.step == state.step + 1
+    again = after._replace(step=state.step)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(*map(bits, (a, b))), again, state)
+    assert not jit(step)(after, batch)[1].skipped
+
+
+def bits(leaf):
+    return np.asarray(jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf)
 
 
 def test_dropout_is_a_function_of_the_step_and_off_in_evaluation():

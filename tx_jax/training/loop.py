@@ -1,14 +1,12 @@
 """A training run, from data to checkpoints: read it from top to bottom.
 
 Everything lands in the run directory: config.json, tokenizer/, metrics.jsonl, samples.txt, plots/loss.png and
-checkpoints/<step>/. Running the same config again continues at the newest checkpoint; Ctrl-C saves first.
+checkpoints/<step>/. Running the same config again continues at the newest checkpoint; Ctrl-C and SIGTERM save first.
 """
 
 import contextlib
 import functools
-import signal
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,39 +16,45 @@ from jax.sharding import Mesh
 
 from tx_jax import checkpoint
 from tx_jax.complexity import make_train_flops
-from tx_jax.convert.sources import AnyTokenizer, load_pretrained
-from tx_jax.data.vocabulary_files import find_tokenizer
-from tx_jax.errors import require
+from tx_jax.convert.sources import load_pretrained
 from tx_jax.inspect import plot_metrics
 from tx_jax.models import Model, build
 from tx_jax.parallel import AXIS, Launcher, check_batch, check_mesh, jit_step, make_mesh, placed, pmap_step, rows_here
 from tx_jax.processes import any_says, check_same, first_says, gathered, is_first
 from tx_jax.run_config import MeshConfig, RunConfig
-from tx_jax.run_dir import claim_run_dir, fields_of
+from tx_jax.run_dir import fields_of, locked
 from tx_jax.stacked import stack_layers, unstack_layers
 from tx_jax.training.optim import make_optimizer, make_schedule
 from tx_jax.training.report import Ready, Report
+from tx_jax.training.resume import check_text, claim, resume
 from tx_jax.training.start import first_state, make_assemble
 from tx_jax.training.step import TrainState, make_eval_step, make_train_step
+from tx_jax.training.stopping import Stop, stopping
 from tx_jax.training.tasks import Task, open_task
 
 if TYPE_CHECKING:
     import grain
 
 
-def fit(cfg: RunConfig) -> TrainState:
-    """The state after cfg.train.n_steps optimiser steps, or where Ctrl-C stopped it.
+def fit(cfg: RunConfig, stop: Stop | None = None) -> TrainState:
+    """The state after cfg.train.n_steps optimiser steps, or where Ctrl-C or SIGTERM stopped it.
+
+    Args:
+        stop: of a `stopping` around this call, to ask which.
 
     Raises:
-        InputError: the text, the configuration and the run directory do not fit together; nothing is overwritten.
+        InputError: the text, the configuration and the run directory do not fit together, or another process is using
+            the directory; nothing is overwritten.
     """
-    with ctrl_c() as stop:
+    with contextlib.ExitStack() as held:
+        stop = stop or held.enter_context(stopping())
+        check_same(fields_of(cfg))
+        first_says(lambda: held.enter_context(locked(cfg.run_dir)))
         return _fit(cfg, stop)
 
 
-def _fit(cfg: RunConfig, stop: threading.Event) -> TrainState:
+def _fit(cfg: RunConfig, stop: Stop) -> TrainState:
     run_dir = Path(cfg.run_dir)
-    check_same(fields_of(cfg))
     mesh = choose_mesh(cfg.mesh)
     task = open_task(cfg, rows_here(mesh, cfg.data.batch_size))
     cfg, train = task.cfg, task.cfg.train
@@ -76,7 +80,7 @@ def _fit(cfg: RunConfig, stop: threading.Event) -> TrainState:
     batches = prefetch(task.batches, lambda batch: Ready(launch.put_batch(batch), batch.n_tokens, flops_of(batch)))
     step = first_says(lambda: claim(run_dir, cfg, task.tokenizer))
     if step:
-        state, data = resume(run_dir, state if mesh is None else placed(state, mesh))
+        step, state, data = resume(run_dir, state if mesh is None else placed(state, mesh), step, cfg.resume)
         check_text(run_dir, data["text_sha256"], task.sha256)
         batches.set_state(data["batches"])
         state = launch.make_state(stack)(state)
@@ -95,9 +99,12 @@ def _fit(cfg: RunConfig, stop: threading.Event) -> TrainState:
                 report.trace(step + 1)
                 state, metrics = launch.step(state, batch)
                 step += 1
+                report.took(step, metrics)
                 logs = due(step, train.log_every) or step == report.first
                 asks = jax.process_count() == 1 or logs  # once a step or, of all processes, where they wait anyway
-                last = step == train.n_steps or (asks and any_says(stop.is_set()))  # the last step is always saved
+                last = step == train.n_steps or (
+                    asks and any_says(stop.number is not None)
+                )  # the last step is always saved
                 if logs or last:
                     report.training(step, metrics, float(schedule(step - 1)))
                 if due(step, train.eval_every, train.n_steps):
@@ -110,6 +117,7 @@ def _fit(cfg: RunConfig, stop: threading.Event) -> TrainState:
                         key = jax.random.fold_in(jax.random.key(train.seed), step)
                         report.sample(step, task.sample(model, gathered(whole(state)), key))
                 if due(step, train.save_every) or last:
+                    report.look()
                     with report.pause(metrics):
                         data = {"batches": batches.get_state(), "text_sha256": task.sha256}
                         save(step, unstack(launch.host_state(state.moving)), data)
@@ -136,44 +144,9 @@ def make_layouts(cfg: RunConfig) -> tuple[Callable, Callable]:
     return functools.partial(stack_layers, period=len(cfg.model.window_pattern)), jax.jit(unstack_layers)
 
 
-def claim(run_dir: Path, cfg: RunConfig, tokenizer: AnyTokenizer) -> int:
-    """Make run_dir the home of this run; the step at which it goes on, 0 for a new one.
-
-    Raises:
-        InputError: it holds another run, or another tokenizer: that of another text.
-    """
-    held = find_tokenizer(run_dir / "tokenizer")
-    rule = f"run_dir='{run_dir}' holds a run with another tokenizer, such as that of another text"
-    require(held in (None, tokenizer), f"{rule}; use another --run-dir, or its text, --data.tokenizer and --init")
-    claim_run_dir(run_dir, cfg)
-    tokenizer.save(run_dir / "tokenizer")
-    return checkpoint.latest_step(run_dir) or 0
-
-
-def resume(run_dir: Path, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
-    """The state of the newest checkpoint, and what was saved with it: its place in the data.
-
-    Args:
-        state: its shapes.
-    """
-    frozen = checkpoint.restore_base(run_dir, state.frozen)
-    moving, position = checkpoint.restore(run_dir, state.moving)
-    return TrainState(**moving._asdict(), frozen=frozen), position
-
-
 def due(step: int, every: int, end: int | None = None) -> bool:
     """Whether something that happens every so many steps, and at the end if one is given, happens now; 0 is never."""
     return every > 0 and (step % every == 0 or step == end)
-
-
-def check_text(run_dir: Path, held: str, now: str) -> None:
-    """Hold a run that goes on to the text that it began with: its place in another would mean nothing.
-
-    Raises:
-        InputError: the text is another.
-    """
-    rule = f"run_dir='{run_dir}' began with a text of SHA-256 {held[:8]}…, and this one has {now[:8]}…"
-    require(held == now, f"{rule}; use another --run-dir, or bring its text back")
 
 
 def choose_mesh(cfg: MeshConfig) -> Mesh | None:
@@ -206,23 +179,3 @@ def losses(evaluate, params: dict, task: Task) -> dict[str, float]:
     total, count = np.sum(sums, axis=0)
     bits = {} if task.n_bytes is None else {"bits_per_byte": float(total / np.log(2) / task.n_bytes)}
     return {"valid_loss": float(total / count)} | bits
-
-
-@contextlib.contextmanager
-def ctrl_c() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets; the second raises KeyboardInterrupt as usual."""
-    stop = threading.Event()
-
-    def handler(number: int, frame: object) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = signal.signal(signal.SIGINT, handler)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -2,10 +2,13 @@
 
 import contextlib
 import json
+import math
 import os
 import resource
+import statistics
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +17,7 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from tx_jax.errors import require
 from tx_jax.models import count_params
 from tx_jax.processes import is_first
 from tx_jax.run_config import RunConfig
@@ -21,6 +25,8 @@ from tx_jax.training.peaks import peak_flops
 from tx_jax.training.step import Metrics
 
 TRACED = 5  # steps of a profile
+UNREAD = 100  # steps that are looked at together, at most; and whose losses are what is usual
+SPIKE = 2.0  # times the median
 
 
 class Ready(NamedTuple):
@@ -39,6 +45,9 @@ class Report:
         self.run_dir = Path(cfg.run_dir)
         self.peak = peak_flops()
         self.n_tokens, self.flops, self.waited = 0, 0.0, 0.0  # since the last report
+        self.unread: list[tuple[int, Metrics]] = []  # steps that were taken since then
+        self.losses: deque[float] = deque(maxlen=UNREAD)
+        self.n_skipped = 0  # in a row
         self.quiet = not is_first()  # that process speaks for all
         self.console = Console(
             quiet=self.quiet, highlight=False, soft_wrap=True, force_jupyter=False
@@ -104,8 +113,37 @@ class Report:
             self.tracing = None
             self.line(f"the trace of {TRACED} steps is in {self.run_dir}/profile: tensorboard --logdir {self.run_dir}")
 
+    def took(self, step: int, metrics: Metrics) -> None:
+        """A step that was taken: it is looked at with the next report, or the hundredth after it."""
+        self.unread.append((step, metrics))
+        if len(self.unread) >= UNREAD:
+            self.look()
+
+    def look(self) -> None:
+        """Tell of steps that were skipped, and of losses that stand out: a step says which batch it was.
+
+        Raises:
+            InputError: cfg.train.max_skipped steps in a row were skipped.
+        """
+        for step, metrics in jax.device_get(self.unread):
+            usual = statistics.median(self.losses) if len(self.losses) == self.losses.maxlen else math.inf
+            self.n_skipped = self.n_skipped + 1 if metrics.skipped else 0
+            if metrics.skipped:
+                self.write(step, {"skipped": True})
+                self.line(f"step {step:>5}  skipped: its loss or gradient is not finite; nothing is changed")
+            elif metrics.loss > SPIKE * usual:
+                self.write(step, {"spike": float(metrics.loss)})
+                self.line(f"step {step:>5}  spike: loss {metrics.loss:.4f}, where {usual:.4f} is usual")
+            if not metrics.skipped:
+                self.losses.append(float(metrics.loss))
+            rule = f"{self.n_skipped} steps in a row, to step {step}, had a loss or gradient that is not finite"
+            remedy = "lower --optim.peak-lr, or --resume an earlier step; all that is saved is finite"
+            require(self.n_skipped < self.cfg.train.max_skipped, f"{rule}; {remedy}")
+        self.unread.clear()
+
     def training(self, step: int, metrics: Metrics, lr: float) -> None:
         """The last training step, and the speed since the last report."""
+        self.look()
         loss, norm = float(metrics.loss), float(metrics.grad_norm)  # waits for the device
         seconds = time.perf_counter() - self.since
         if step == self.first:
@@ -119,6 +157,7 @@ class Report:
         }
         self.since, self.done, self.n_tokens, self.flops, self.waited = time.perf_counter(), step, 0, 0.0, 0.0
         record = {"loss": loss, "lr": lr, "grad_norm": norm}
+        record = {name: value for name, value in record.items() if math.isfinite(value)}  # JSON has no others
         self.write(step, record if step == self.first else record | speed)
         text = (
             f"loss {loss:.4f}  lr {lr:.2e}  grad {norm:.2f}  {speed['tokens_per_second'] / n_devices:,.0f} tokens/s"

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from tx_jax.errors import require
 from tx_jax.models import STACKS, Model, init_params
@@ -62,6 +62,7 @@ class Metrics(NamedTuple):
     loss: Float[Array, ""]  # nats per token, smoothing included
     grad_norm: Float[Array, ""]  # global, before clipping
     n_tokens: Float[Array, ""]  # tokens with weight
+    skipped: Bool[Array, ""]  # whether loss, gradient or update is not finite: then nothing but the step has changed
 
 
 def init_state(
@@ -136,14 +137,18 @@ def make_train_step(
         grads = jax.tree.map(lambda g: g / divisor, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
-        metrics = Metrics(total / divisor, optax.tree.norm(grads), count)
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(total) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(updates))
+        metrics = Metrics(total / divisor, norm, count, ~finite)
         share = jnp.minimum(ema_rate, (1 + state.step) / (10 + state.step))
         mean = state.ema
         if ema_rate:
             mean = jax.tree.map(lambda old, new: share * old + (1 - share) * new, mean, params)
         elif jax.tree.leaves(mean):
             mean = mean_params(opt_state, params)
-        return state._replace(step=state.step + 1, params=params, opt_state=opt_state, ema=mean), metrics
+        new = state._replace(params=params, opt_state=opt_state, ema=mean)
+        new = jax.tree.map(lambda new, old: new if new is old else jnp.where(finite, new, old), new, state)
+        return new._replace(step=state.step + 1), metrics
 
     return step
 

@@ -1,0 +1,48 @@
+"""How a run is asked to stop: by Ctrl-C, or by the SIGTERM of a batch system, a cluster or a spot machine's notice."""
+
+import contextlib
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+
+
+class Stop:
+    """Which signal asks, once one has."""
+
+    number: int | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """What a shell says of a process that the signal has ended: 130 of Ctrl-C, 143 of SIGTERM."""
+        return 0 if self.number is None else 128 + self.number
+
+
+@contextlib.contextmanager
+def stopping() -> Iterator[Stop]:
+    """Tells of the first SIGINT or SIGTERM; the second does what it did before, at once.
+
+    Outside of the main thread, where Python lets nobody handle signals, nothing is told.
+    """
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def heed(number: int, frame: object) -> None:
+        stop.number = number
+        restore()
+        if sys.stdout is not None and sys.stdout.isatty():
+            print("\x1b[?25h", end="", flush=True)  # the cursor, which a progress bar hides and a kill would not show
+
+    for number in before:
+        signal.signal(number, heed)
+    try:
+        yield stop
+    finally:
+        restore()
