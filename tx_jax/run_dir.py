@@ -11,7 +11,7 @@ import pathlib
 import re
 import socket
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TextIO
 
 from tx_jax.config_json import from_json, to_json
 from tx_jax.errors import InputError, require
@@ -58,14 +58,7 @@ def locked(run_dir: RunDir) -> Iterator[int]:
     """
     path = pathlib.Path(run_dir)
     _is_used(path)
-    path.mkdir(parents=True, exist_ok=True)
-    with (path / LOCK).open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            rule = f"run_dir='{run_dir}' is in use by {file.read() or 'another process'}"
-            raise InputError(f"{rule}; wait for its end, or {ANOTHER}") from None
+    with _lock_file(path) as file:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
@@ -73,6 +66,26 @@ def locked(run_dir: RunDir) -> Iterator[int]:
             yield os.getpid()
         finally:
             file.truncate(0)
+            if os.listdir(path) == [LOCK]:  # refused: nothing stays
+                (path / LOCK).unlink()
+                path.rmdir()
+
+
+def _lock_file(path: pathlib.Path) -> TextIO:
+    """The file that only this process has: the one in the directory, and not one that a process before has removed."""
+    while True:
+        path.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError), contextlib.ExitStack() as opened:
+            file = opened.enter_context((path / LOCK).open("a+", encoding="utf-8"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                rule = f"run_dir='{path}' is in use by {file.read() or 'another process'}"
+                raise InputError(f"{rule}; wait for its end, or {ANOTHER}") from None
+            if os.path.samestat(os.fstat(file.fileno()), (path / LOCK).stat()):
+                opened.pop_all()
+                return file
 
 
 def _is_used(run_dir: RunDir) -> bool:

@@ -119,6 +119,8 @@ def write_token_files(
     Raises:
         InputError: there are none.
     """
+    for left in home.glob(f"{INDEX}.*.part"):  # by a kill
+        left.unlink()
     dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
     index = index | {"vocab_size": vocab_size, "dtype": dtype.str, "shards": list(index["shards"])}
     rest = iter(documents(sum(shard["documents"] for shard in index["shards"])) if not index["finished"] else ())
