@@ -21,6 +21,6 @@ def main(args: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the second Ctrl-C, and any before training begins, ends at once
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the second Ctrl-C ends at once
     keep_memory()
     main(sys.argv[1:])

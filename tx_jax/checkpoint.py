@@ -6,6 +6,7 @@ so that sampling never reads the optimiser's state.
 """
 
 import contextlib
+import errno
 import functools
 import gc
 import itertools
@@ -230,7 +231,11 @@ def _one_line(path: pathlib.Path) -> Iterator[None]:
     sys.unraisablehook = lambda _: None
     try:
         yield
+    except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
+        raise  # which say nothing of the file
     except Exception as error:
+        if getattr(error, "errno", None) in (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE):
+            raise
         what = type(error).__name__
         error.__traceback__ = None  # which holds those other reads
         gc.collect()

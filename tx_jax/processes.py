@@ -80,9 +80,9 @@ def first_says(function: Callable[[], int]) -> int:
     return value
 
 
-def any_says(flag: bool) -> bool:
-    """Whether the flag is set in any process."""
-    return flag if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(flag)).any())
+def any_says(number: int) -> int:
+    """The highest number of any process, such as 1 for yes."""
+    return number if jax.process_count() == 1 else int(multihost_utils.process_allgather(np.int32(number)).max())
 
 
 def check_same(fields: dict[str, Any]) -> None:

@@ -5,11 +5,12 @@ And to one process at a time, which holds its `lock`.
 
 import contextlib
 import dataclasses
-import fcntl
+import errno
 import os
 import pathlib
 import re
 import socket
+import sys
 from collections.abc import Iterator
 from typing import Any, TextIO
 
@@ -20,6 +21,7 @@ from tx_jax.run_config import RunConfig
 RunDir = str | os.PathLike[str]
 UNFINISHED_CONFIG = "config.json.tmp"
 LOCK = "lock"
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of file systems that have none, such as some over a network
 ANOTHER = "use another --run-dir"
 # Fields that may change when a run goes on: they do not enter the mathematics of a step.
 FREE = re.compile(
@@ -58,6 +60,7 @@ def locked(run_dir: RunDir) -> Iterator[int]:
     """
     path = pathlib.Path(run_dir)
     _is_used(path)
+    is_new = not path.exists()
     with _lock_file(path) as file:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -65,14 +68,17 @@ def locked(run_dir: RunDir) -> Iterator[int]:
         try:
             yield os.getpid()
         finally:
-            file.truncate(0)
-            if os.listdir(path) == [LOCK]:  # refused: nothing stays
-                (path / LOCK).unlink()
-                path.rmdir()
+            with contextlib.suppress(OSError):
+                file.truncate(0)
+                if is_new and os.listdir(path) == [LOCK]:  # the run was refused: nothing stays
+                    (path / LOCK).unlink()
+                    path.rmdir()
 
 
 def _lock_file(path: pathlib.Path) -> TextIO:
     """The file that only this process has: the one in the directory, and not one that a process before has removed."""
+    import fcntl  # here, because there is none on Windows, where `import tx_jax` works
+
     while True:
         path.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError), contextlib.ExitStack() as opened:
@@ -83,6 +89,10 @@ def _lock_file(path: pathlib.Path) -> TextIO:
                 file.seek(0)
                 rule = f"run_dir='{path}' is in use by {file.read() or 'another process'}"
                 raise InputError(f"{rule}; wait for its end, or {ANOTHER}") from None
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                print(f"WARNING: no locks in run_dir='{path}': start no second run there", file=sys.stderr)
             if os.path.samestat(os.fstat(file.fileno()), (path / LOCK).stat()):
                 opened.pop_all()
                 return file

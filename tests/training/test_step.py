@@ -196,6 +196,13 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_step(bad):
     assert not jit(step)(after, batch)[1].skipped
 
 
+def test_that_a_step_may_be_skipped_takes_no_memory():
+    _, step, state = make(dataclasses.replace(CFG, positions="learned", max_len=99_000))
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(state.params))
+    compiled = jax.jit(step, donate_argnums=0).lower(state, make_batch()).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 2.5 * held  # 4 where each leaf is chosen
+
+
 def bits(leaf):
     return np.asarray(jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf)
 

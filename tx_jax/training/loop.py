@@ -93,7 +93,7 @@ def _fit(cfg: RunConfig, stop: Stop) -> TrainState:
 
     with contextlib.closing(batches), Report(cfg, step, n_trained) as report:
         with checkpoint.saver(run_dir, train.keep) as save:
-            last = step == train.n_steps
+            last = step == train.n_steps or asked(stop)
             while not last:
                 batch = report.next(batches)
                 report.trace(step + 1)
@@ -102,9 +102,7 @@ def _fit(cfg: RunConfig, stop: Stop) -> TrainState:
                 report.took(step, metrics)
                 logs = due(step, train.log_every) or step == report.first
                 asks = jax.process_count() == 1 or logs  # once a step or, of all processes, where they wait anyway
-                last = step == train.n_steps or (
-                    asks and any_says(stop.number is not None)
-                )  # the last step is always saved
+                last = step == train.n_steps or (asks and asked(stop))  # the last step is always saved
                 if logs or last:
                     report.training(step, metrics, float(schedule(step - 1)))
                 if due(step, train.eval_every, train.n_steps):
@@ -142,6 +140,12 @@ def make_layouts(cfg: RunConfig) -> tuple[Callable, Callable]:
     if not cfg.train.scan_layers:
         return lambda state: state, lambda state: state
     return functools.partial(stack_layers, period=len(cfg.model.window_pattern)), jax.jit(unstack_layers)
+
+
+def asked(stop: Stop) -> bool:
+    """Whether a signal has come to any process; all then end with its code."""
+    stop.number = any_says(stop.number)
+    return stop.number > 0
 
 
 def due(step: int, every: int, end: int | None = None) -> bool:

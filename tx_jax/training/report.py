@@ -194,7 +194,8 @@ class Report:
 
     def end(self, step: int, *, stopped: bool) -> None:
         """Where the run stands, and what to do next."""
-        again = "stopped and saved; the same command goes on from here" if stopped else "done"
+        without = "" if self.cfg.resume in ("auto", "must") else ", without --resume,"
+        again = f"stopped and saved; the same command{without} goes on from here" if stopped else "done"
         self.line(f"step {step:>5}  {again}. To sample: python sample.py {self.run_dir}")
 
     def write(self, step: int, values: dict[str, Any]) -> None:

@@ -35,6 +35,7 @@ def _wanted(run_dir: Path, how: str) -> int:
     """The step that `how` (RunConfig.resume) names; 0: none."""
     newest = checkpoint.latest_step(run_dir)
     if how.isdecimal():
+        require(int(how), f"resume={how!r} is before the first step; use another --run-dir to begin anew")
         return int(checkpoint.step_dir(run_dir, int(how)).name)
     rule = f"resume='never', but run_dir='{run_dir}' holds a run up to step {newest}"
     require(how != "never" or newest is None, f"{rule}; use another --run-dir")
@@ -46,11 +47,11 @@ def _wanted(run_dir: Path, how: str) -> int:
 def resume(run_dir: Path, state: TrainState, step: int, how: str) -> tuple[int, TrainState, dict[str, Any]]:
     """The step of the newest checkpoint from `step` down that is whole, its state, and its place in the data.
 
-    Later steps, and those that are not whole, are set aside: the run will write its own.
+    Once there is one, later steps and those that are not whole are set aside: the run will write its own.
 
     Args:
         state: its shapes.
-        how: RunConfig.resume; a step that it names is taken or refused. So is that of many processes.
+        how: RunConfig.resume. A step that it names is taken or refused; many processes take or refuse the newest, too.
 
     Raises:
         CheckpointError: none is whole.
@@ -59,15 +60,13 @@ def resume(run_dir: Path, state: TrainState, step: int, how: str) -> tuple[int, 
     while True:
         try:
             moving, position = checkpoint.restore(run_dir, state.moving, step)
+            break
         except checkpoint.CheckpointError as error:
-            earlier = [other for other in checkpoint.saved_steps(run_dir) if other < step]
+            earlier = [other for other in checkpoint.saved_steps(run_dir) if 0 < other < step]
             if how.isdecimal() or jax.process_count() > 1 or not earlier:
                 raise
-            aside = checkpoint.set_aside(run_dir, step)
+            _say(f"WARNING: {error}. The run goes on after step {earlier[-1]} if that is whole")
             step = earlier[-1]
-            _say(f"WARNING: {error}. It is set aside as {aside}: the run goes on after step {step}")
-        else:
-            break
     for later in [other for other in checkpoint.saved_steps(run_dir) if other > step and is_first()]:
         _say(f"step {later} is set aside as {checkpoint.set_aside(run_dir, later)}")
     return step, TrainState(**moving._asdict(), frozen=frozen), position

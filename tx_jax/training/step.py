@@ -62,7 +62,7 @@ class Metrics(NamedTuple):
     loss: Float[Array, ""]  # nats per token, smoothing included
     grad_norm: Float[Array, ""]  # global, before clipping
     n_tokens: Float[Array, ""]  # tokens with weight
-    skipped: Bool[Array, ""]  # whether loss, gradient or update is not finite: then nothing but the step has changed
+    skipped: Bool[Array, ""]  # whether loss or gradient is not finite: then nothing but the step has changed
 
 
 def init_state(
@@ -135,20 +135,22 @@ def make_train_step(
             total, count, grads = jax.lax.psum((total, count, grads), axis_name)
         divisor = jnp.where(count > 0, count, 1.0)  # a batch of padding alone has a gradient of 0
         grads = jax.tree.map(lambda g: g / divisor, grads)
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(total) & jnp.isfinite(norm)
+        # A branch, and not a choice of each leaf, which would hold the old and the new ones at once.
+        state = jax.lax.cond(finite, updated, lambda state, grads: state, state, grads)
+        return state._replace(step=state.step + 1), Metrics(total / divisor, norm, count, ~finite)
+
+    def updated(state: TrainState, grads: Any) -> TrainState:
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
-        norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(total) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(updates))
-        metrics = Metrics(total / divisor, norm, count, ~finite)
         share = jnp.minimum(ema_rate, (1 + state.step) / (10 + state.step))
         mean = state.ema
         if ema_rate:
             mean = jax.tree.map(lambda old, new: share * old + (1 - share) * new, mean, params)
         elif jax.tree.leaves(mean):
             mean = mean_params(opt_state, params)
-        new = state._replace(params=params, opt_state=opt_state, ema=mean)
-        new = jax.tree.map(lambda new, old: new if new is old else jnp.where(finite, new, old), new, state)
-        return new._replace(step=state.step + 1), metrics
+        return state._replace(params=params, opt_state=opt_state, ema=mean)
 
     return step
 

@@ -10,12 +10,12 @@ from collections.abc import Iterator
 class Stop:
     """Which signal asks, once one has."""
 
-    number: int | None = None
+    number = 0
 
     @property
     def exit_code(self) -> int:
         """What a shell says of a process that the signal has ended: 130 of Ctrl-C, 143 of SIGTERM."""
-        return 0 if self.number is None else 128 + self.number
+        return self.number and 128 + self.number
 
 
 @contextlib.contextmanager
