@@ -69,9 +69,8 @@ def locked(run_dir: RunDir) -> Iterator[int]:
             yield os.getpid()
         finally:
             with contextlib.suppress(OSError):
-                file.truncate(0)
-                if is_new and os.listdir(path) == [LOCK]:  # the run was refused: nothing stays
-                    (path / LOCK).unlink()
+                (path / LOCK).unlink()
+                if is_new:  # and the run was refused, if it can be removed: nothing stays
                     path.rmdir()
 
 

@@ -16,6 +16,8 @@ from tx_jax.checkpoint import latest_step, saved_steps
 from tx_jax.errors import InputError
 from tx_jax.run_dir import locked
 
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # as in test_checkpoint.py
+
 
 def assert_same_params(run, other):
     one, two = (load_pretrained(path).params for path in (run, other))
