@@ -233,7 +233,7 @@ def _one_line(path: pathlib.Path) -> Iterator[None]:
         yield
     except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
         raise  # which say nothing of the file
-    except Exception as error:
+    except Exception as error:  # of any kind: damage shows as whatever the reader trips over
         if getattr(error, "errno", None) in (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE):
             raise
         what = type(error).__name__
