@@ -62,7 +62,7 @@ def one_line_errors() -> Iterator[None]:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's last flush would complain
         sys.exit(141)
-    except (InputError, OSError) as error:
+    except (InputError, OSError, MemoryError) as error:
         print("error:", *str(error).splitlines(), file=sys.stderr)
         sys.exit(2)
 

@@ -74,7 +74,7 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_refused_text():
-    with pytest.raises(InputError, match=r"^character 'z' at index 3 is not among the 2 .*; .*--data.tokenizer byte$"):
+    with pytest.raises(InputError, match=r"^character 'z' at index 3 is not among the 2 .*; .*use the tokenizer byte$"):
         CharTokenizer("a\U0001f600").encode("a\U0001f600azb")
     with pytest.raises(InputError, match=r"^character '\\udc80' at index 1 is not among the 2"):
         CharTokenizer("?a").encode("a\udc80")

@@ -32,7 +32,7 @@ TRAIN = {  # flags after those of the small run: what the message says, value an
     "--model.n-heads 3": "d_model=16 must be a multiple of n_heads=3; use 1, 2, 4, 8, 16 heads, or set d_head",
     "--model.stack encoder": "data.objective='next_token' trains model.stack='decoder', not 'encoder'; change",
     "--train.seed 4294967296": "seed=4294967296 must be from 0 to 2³² − 1",
-    "--train.sample-prompt €": "character '€' at index 0 is not among the 15 of this tokenizer; leave it out, or train",
+    "--train.sample-prompt €": "character '€' at index 0 is not among the 15 of this tokenizer; leave it out, or use",
     "--train.sample-prompt=": "train.sample_prompt has 0 tokens; it must have 1 to 63, less than model.max_len",
     "--train.sample-prompt " + 64 * "a": "train.sample_prompt has 64 tokens; it must have 1 to 63, less than",
     "--run-dir {run} --model.n-layers 2": "holds a run with model.n_layers=1, not 2; use another --run-dir",
@@ -213,11 +213,11 @@ def test_a_process_on_a_terminal_gets_the_same_line(tiny, tmp_path):
 
 def test_ctrl_c_and_errors_of_the_system(capsys, monkeypatch):
     monkeypatch.setattr(os, "_exit", sys.exit)
-    for error, code in ((KeyboardInterrupt(), 130), (OSError(2, "gone"), 2)):
+    for error, code in ((KeyboardInterrupt(), 130), (OSError(2, "gone"), 2), (MemoryError("373 GiB"), 2)):
         with pytest.raises(SystemExit) as end, one_line_errors():
             raise error
         assert end.value.code == code
-    assert capsys.readouterr().err == "error: [Errno 2] gone\n"
+    assert capsys.readouterr().err == "error: [Errno 2] gone\nerror: 373 GiB\n"
 
 
 HELP = {  # script, flags: what is on standard output

@@ -149,7 +149,7 @@ class CharTokenizer:
         if wrong.size:
             where = f"character {text[wrong[0]]!r} at index {wrong[0]}"
             rule = f"is not among the {len(known)} of this tokenizer"
-            raise InputError(f"{where} {rule}; leave it out, or train with --data.tokenizer byte")
+            raise InputError(f"{where} {rule}; leave it out, or use the tokenizer byte")
         return ids
 
     def decode(self, ids: Ids) -> str:
