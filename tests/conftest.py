@@ -4,12 +4,11 @@ import os
 from importlib.metadata import version
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"  # before jax is imported
-JAXLIB = int(version("jaxlib").split(".")[1])
-if 10 <= JAXLIB <= 12:  # others might end at a flag that they do not know
+if 10 <= (jaxlib := int(version("jaxlib").split(".")[1])) <= 12:  # others might end at a flag that they do not know
     os.environ["XLA_FLAGS"] += " --xla_cpu_collective_call_terminate_timeout_seconds=600"  # eight devices, few cores
     if os.environ.get("COMPILE") != "well":  # as users do; otherwise quickly, to slower programs
         os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0 --xla_cpu_experimental_ynn_fusion_type="
-        os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false" * (JAXLIB == 10)
+        os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false" * (jaxlib == 10)
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax

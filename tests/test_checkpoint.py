@@ -292,6 +292,29 @@ def test_sums_tell_every_bit_and_place(dtype):
     assert len(set(told)) == len(told)
 
 
+IN_TURN = """
+import jax, jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec as P
+from tx_jax.integrity import sums
+mesh = jax.make_mesh((2,), ("data",))
+where = NamedSharding(mesh, P("data"))
+tree = {str(i): jax.device_put(jnp.ones((32, 32 + i % 5)), where) for i in range(40)}
+step = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf * jnp.tanh(tree["0"] @ tree["0"]).mean(), tree))
+for _ in range(50):
+    tree = step(tree)
+    sums(tree)
+"""
+
+
+def test_sums_between_steps_never_wait_for_ever():
+    """As programs of many devices do that are on a CPU at once."""
+    env = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "PYTHONPATH": str(pathlib.Path(__file__).parents[1]),
+    }
+    subprocess.run([sys.executable, "-c", IN_TURN], env=env, timeout=100, check=True)
+
+
 def changed(**fields: Any) -> RunConfig:
     """A RunConfig with changes given as section__field=value."""
     cfg = RunConfig()

@@ -144,5 +144,7 @@ def test_a_mesh_has_whole_experts():
     mesh = tx.make_mesh(MeshConfig(expert=8))
     with pytest.raises(InputError, match=r"^mesh\.expert=8 must divide model\.n_experts=4; use 1, 2, 4$"):
         check_mesh(mesh, CFG)
-    with pytest.raises(InputError, match=r"^mesh\.expert=8 must divide model\.n_experts=1; use 1$"):
+    with pytest.raises(
+        InputError, match=r"^mesh\.expert=8 must divide model\.n_experts=None; give --model\.n-experts 8"
+    ):
         check_mesh(mesh, dataclasses.replace(CFG, n_experts=None))

@@ -36,6 +36,8 @@ Train a Transformer; run the same command again to continue. Ctrl-C saves first.
 presets:
 {presets}
 A CONFIG.json is what a run directory holds. All flags, with their values: python train.py PRESET --help
+
+Of many processes each has --coordinator auto, or --coordinator HOST:PORT --n-processes N --process-id I.
 """
 OF_INIT = (  # what is that of the model to begin with, if there is one
     *(f"model.{field.name}" for field in dataclasses.fields(ModelConfig) if field.name not in OF_THE_RUN),
@@ -115,7 +117,7 @@ def _unboxed(said: str, prog: str) -> str:
     said = re.sub(r"\x1b\[[\d;]*m", "", said)  # colours, where standard output is a terminal
     rows = itertools.dropwhile(_is_rule, said.splitlines()[1:])
     words = " ".join(row.strip("│ ") for row in itertools.takewhile(lambda row: not _is_rule(row), rows)).rstrip(".")
-    suggested = re.search(r"^[│ ] {5}(--\S+)", said, re.MULTILINE) if "Unrecognized" in words else None
+    suggested = re.search(r"^[│ ] {5}(--[^\s,]+)", said, re.MULTILINE) if "Unrecognized" in words else None
     return f"{words}; did you mean {suggested[1]}?" if suggested else f"{words}; see {prog} --help"
 
 

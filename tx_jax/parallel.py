@@ -70,8 +70,9 @@ def check_mesh(mesh: Mesh, model: ModelConfig) -> None:
         InputError: tensor does not divide the heads, or expert the experts.
     """
     for axis, name, n in (("tensor", "n_heads", model.n_heads), ("expert", "n_experts", model.E)):
-        parts = mesh.shape[axis]
-        require(n % parts == 0, f"mesh.{axis}={parts} must divide model.{name}={n}; use {divisors(n)}")
+        parts, value = mesh.shape[axis], getattr(model, name)
+        remedy = f"use {divisors(n)}" if value else f"give --model.n-experts {parts}, or leave it out"
+        require(n % parts == 0, f"mesh.{axis}={parts} must divide model.{name}={value}; {remedy}")
 
 
 def shardings(tree: Any, mesh: Mesh, rules: tuple[tuple[str, PartitionSpec], ...] = RULES) -> Any:

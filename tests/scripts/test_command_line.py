@@ -42,6 +42,7 @@ TRAIN = {  # flags after those of the small run: what the message says, value an
     "--run-dir {bad}/corrupt": "config.json cannot be read: not JSON (Expecting",
     "--run-dir=": "run_dir='' names no directory; use --run-dir runs/NAME",
     "--model.n-hads 4": "Unrecognized options: --model.n-hads, 4; did you mean --model.n-heads?",
+    "--profil": "Unrecognized options: --profil; did you mean --profile?",
     "--model.n-heads many": "--model.n-heads: invalid literal for int() with base 10: 'many'; see train.py gpt-shake",
     "--model.window wide": "could be instantiated from ['wide']; see train.py gpt-shakespeare --help",
     "--optim.schedule cosin": "invalid choice 'cosin' for argument '--optim.schedule'. Expected one of ('constant',",

@@ -39,7 +39,7 @@ def start(n, n_devices, *args, each=lambda i: ()):
         found.bind(("localhost", 0))
         address = f"localhost:{found.getsockname()[1]}"
     env = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={n_devices}",
+        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={n_devices}"),
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(TRAINING)]),
     }
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
