@@ -65,7 +65,8 @@ def one_line_errors() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's last flush would complain
         sys.exit(141)
     except (InputError, OSError, MemoryError) as error:
-        print("error:", *str(error).splitlines(), file=sys.stderr)
+        why = "out of memory; ask for less, such as a smaller batch: " if isinstance(error, MemoryError) else ""
+        print("error:", why + " ".join(str(error).splitlines()), file=sys.stderr)
         sys.exit(2)
 
 

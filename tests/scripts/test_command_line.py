@@ -218,7 +218,8 @@ def test_ctrl_c_and_errors_of_the_system(capsys, monkeypatch):
         with pytest.raises(SystemExit) as end, one_line_errors():
             raise error
         assert end.value.code == code
-    assert capsys.readouterr().err == "error: [Errno 2] gone\nerror: 373 GiB\n"
+    says = "error: [Errno 2] gone\nerror: out of memory; ask for less, such as a smaller batch: 373 GiB\n"
+    assert capsys.readouterr().err == says
 
 
 HELP = {  # script, flags: what is on standard output
