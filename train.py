@@ -6,7 +6,7 @@ import sys
 from tx_jax.command_line import keep_compiled, keep_memory, one_line_errors, parse_run
 from tx_jax.processes import connect
 from tx_jax.training.loop import fit
-from tx_jax.training.stopping import stopping
+from tx_jax.training.stopping import Stop
 
 
 @one_line_errors()
@@ -14,8 +14,8 @@ def main(args: list[str]) -> None:
     """Train what the command line describes."""
     keep_compiled()
     cfg = parse_run(connect(args))
-    with stopping() as stop:
-        state = fit(cfg, stop)
+    stop = Stop()
+    state = fit(cfg, stop)
     if state.step < cfg.train.n_steps:
         sys.exit(stop.exit_code)
 

@@ -19,11 +19,12 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tx_jax.checkpoint import CheckpointError, latest_step, restore, restore_params, saver
+from tx_jax.checkpoint import CheckpointError, latest_step, restore, restore_params
 from tx_jax.errors import InputError
 from tx_jax.integrity import sums
 from tx_jax.run_config import MeshConfig, RunConfig
 from tx_jax.run_dir import claim_run_dir, read_config, write_config
+from tx_jax.saver import Saver
 
 DATA = {"next_index": 3, "parents": {"a": [1, 2.5, None, True], "é": {}}, "big": 2**70}
 
@@ -43,7 +44,7 @@ def make_state(step: int = 0, optimizer: optax.GradientTransformation = optax.ad
 
 
 def put(run_dir: pathlib.Path, *steps: int, keep: int = 9) -> pathlib.Path:
-    with saver(run_dir, keep) as save:
+    with Saver(run_dir, keep) as save:
         for step in steps:
             save(step, make_state(step), DATA | {"next_index": step})
     return run_dir
@@ -84,7 +85,7 @@ def test_keeps_the_newest(tmp_path):
 def test_saved_values_outlive_donation(tmp_path):
     bump = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
     params, data = {"w": jnp.zeros(1 << 20)}, {"next_index": 0}
-    with saver(tmp_path, 9) as save:
+    with Saver(tmp_path, 9) as save:
         for step in range(3):
             save(step, State(jnp.int32(step), params, (), jax.random.key(0)), data)
             data["next_index"] += 1
@@ -99,7 +100,7 @@ def test_saved_values_outlive_donation(tmp_path):
 def test_numpy_leaves(tmp_path):
     state = State(jnp.int32(4), {"w": jnp.ones((3, 4))}, (), jax.random.key(0))
     mine = state._replace(step=np.int32(4), params={"w": np.ones((3, 4), np.float32)})
-    with saver(tmp_path, 1) as save:
+    with Saver(tmp_path, 1) as save:
         save(4, mine, {})
         mine.params["w"][:] = 9
     assert_same(restore(tmp_path, state)[0], state)
@@ -126,7 +127,7 @@ def test_onto_eight_devices(tmp_path):
     state, data = restore(put(tmp_path, 3), abstract)
     assert_same(state, make_state(3))
     jax.tree.map(lambda x, a: pytest.fail(f"{x.sharding}") if x.sharding != a.sharding else None, state, abstract)
-    with saver(tmp_path, 1) as save:
+    with Saver(tmp_path, 1) as save:
         save(5, state, data)
     assert_same(restore(tmp_path, jax.eval_shape(make_state))[0], state)  # and from eight onto one
 
@@ -134,8 +135,9 @@ def test_onto_eight_devices(tmp_path):
 WRITER = """
 import itertools
 from test_checkpoint import make_state
-from tx_jax.checkpoint import latest_step, saver
-with saver({run_dir!r}, 2) as save:
+from tx_jax.checkpoint import latest_step
+from tx_jax.saver import Saver
+with Saver({run_dir!r}, 2) as save:
     for step in itertools.count(1 + (latest_step({run_dir!r}) or 0)):
         save(step, make_state(step), {{"next_index": step}})
         print(step, flush=True)
@@ -205,7 +207,7 @@ def test_refuses_steps(tmp_path):
     with refuses(f"step=7 is not in run_dir='{tmp_path}'; it has 5, 10"):
         restore_params(tmp_path, make_state().params, step=7)
     text = f"step=10 is not after step 10 in run_dir='{tmp_path}'; restore it, or use another --run-dir"
-    with saver(tmp_path, 2) as save, refuses(text):
+    with Saver(tmp_path, 2) as save, refuses(text):
         save(10, make_state(10), {})
     assert latest_step(tmp_path) == 10
 
@@ -215,7 +217,7 @@ def test_refuses_steps(tmp_path):
 def test_refuses_damage(tmp_path, caplog, victim, damage):
     # One leaf: of several reads at once, those that fail after the first call an event loop that Orbax has closed.
     params = {"w": jnp.ones(5)}
-    with saver(tmp_path, 1) as save:
+    with Saver(tmp_path, 1) as save:
         save(1, make_state()._replace(params=params), {})
     path = tmp_path / "checkpoints" / "1"
     for file in path.glob(victim):
@@ -242,7 +244,7 @@ LATE = "ignore::pytest.PytestUnraisableExceptionWarning"  # of reads that tensor
 def test_a_flipped_bit_is_never_another_number(tmp_path, seed):
     rng = np.random.default_rng(seed)
     state = make_state(3)._replace(params={"w": jnp.asarray(rng.integers(0, 2**32, 4096, np.uint32)), "b": jnp.ones(9)})
-    with saver(tmp_path, 1) as save:
+    with Saver(tmp_path, 1) as save:
         save(3, state, DATA)
     files = payload(tmp_path / "checkpoints" / "3")
     victim = files[0] if seed < 6 else files[rng.integers(len(files))]
@@ -296,6 +298,7 @@ IN_TURN = """
 import jax, jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
 from tx_jax.integrity import sums
+from tx_jax.saver import Saver
 mesh = jax.make_mesh((2,), ("data",))
 where = NamedSharding(mesh, P("data"))
 tree = {str(i): jax.device_put(jnp.ones((32, 32 + i % 5)), where) for i in range(40)}
@@ -389,7 +392,7 @@ class WithMean(NamedTuple):
 
 def test_a_mean_over_steps_lies_apart(tmp_path):
     state = WithMean(jnp.int32(3), {"w": jnp.ones(3)}, {"w": jnp.full(3, 0.25)})
-    with saver(tmp_path, 1) as save:
+    with Saver(tmp_path, 1) as save:
         save(3, state, {})
     assert_same(restore(tmp_path, state)[0], state)
     assert_same(restore_params(tmp_path, state.params, part="ema"), state.ema)

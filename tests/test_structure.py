@@ -22,6 +22,7 @@ RANKS = {  # of every module of the package
     "data.vocabularies": 2, "data.vocabulary_files": 3, "data.chat": 2, "data.chat_template": -3,
     "stacked": 0, "processes": 0,
     "presets": 2, "run_presets": 3, "run_dir": 2, "lora": 2, "cache": 1, "parallel": 2, "checkpoint": 2, "integrity": 0,
+    "saver": 3,
     "training.optim": 2, "modules.linear": 1, "modules.mlp": 2, "modules.norms": 2, "modules.positions": 2,
     "command_line": 4,
     "modules.moe": 3, "modules.attention": 3, "modules.embed": 3,

@@ -1,8 +1,7 @@
 """What a run leaves in `checkpoints/<step>/`: its state, and its place in the data.
 
-A checkpoint is written under a temporary name and renamed when it is whole, so a kill at any moment leaves the last one
-in place. It holds a sum of each leaf's bits, to which what is read is held. Parameters are stored apart from the rest,
-so that sampling never reads the optimiser's state.
+It holds a sum of each leaf's bits, to which what is read is held. Parameters are stored apart from the rest, so that
+sampling never reads the optimiser's state. `saver.py` writes it.
 """
 
 import contextlib
@@ -10,85 +9,30 @@ import errno
 import functools
 import gc
 import itertools
-import json
 import logging
 import os
 import pathlib
-import shutil
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, PyTree
 
 from tx_jax.errors import InputError, require
-from tx_jax.integrity import is_sealed, kind, leaves, seal, sums
+from tx_jax.integrity import is_sealed, kind, leaves, sums
 
 RunDir = str | os.PathLike[str]
-UNFINISHED = ".orbax-checkpoint-tmp"  # Orbax's suffix of what is not whole (orbax TMP_DIR_SUFFIX)
 BASE = "base"  # in a run directory: the parameters that adapters are beside, as the step 0 of a run of its own
 ASIDE = ".aside"  # suffix of a step that a run has left for an earlier one
 EARLIER = "remove it to go back to an earlier step"
+DAMAGED = "{} cannot be read: its metadata is damaged; " + EARLIER
 
 
 class CheckpointError(InputError):
     """A checkpoint is not what was saved: cut, changed or lost in part."""
-
-
-@contextlib.contextmanager
-def saver(run_dir: RunDir, keep: int) -> Iterator[Callable[[int, Any, dict[str, Any]], None]]:
-    """A function `save(step, state, data)`, to be used inside the `with`, that keeps the `keep` newest checkpoints.
-
-    `state` is a NamedTuple of arrays with a field `params`; `data` is what JSON can hold, a Grain iterator's
-    `get_state()`. `save` copies both and returns; writing goes on behind the next steps, which may donate the state's
-    buffers. It is on disk when the next `save` returns, or at the end of the `with`, where errors of writing appear.
-
-    >>> import collections, tempfile
-    >>> state = collections.namedtuple("State", "step params")(jnp.int32(7), {"w": jnp.ones(3)})
-    >>> with tempfile.TemporaryDirectory() as run_dir:
-    ...     with saver(run_dir, keep=2) as save:
-    ...         save(7, state, {"next_index": 21})
-    ...     restore(run_dir, state)[1]
-    {'next_index': 21}
-
-    Raises:
-        InputError: `save` is given a step that is not after the newest checkpoint.
-    """
-    from orbax.checkpoint import v1 as ocp  # here and below, because `import tx_jax` should be quick
-
-    pending: ocp.AsyncResponse[None] | None = None
-
-    def finish() -> None:
-        nonlocal pending
-        if pending is not None:
-            pending.result()
-            pending = None
-        _prune(run_dir, keep)
-
-    def save(step: int, state: Any, data: dict[str, Any]) -> None:
-        nonlocal pending
-        finish()
-        newest = latest_step(run_dir)
-        require(
-            newest is None or step > newest,
-            f"step={step} is not after step {newest} in run_dir='{run_dir}'; restore it, or use another --run-dir",
-        )
-        # Orbax hangs at a NumPy scalar, and might read a NumPy array after its owner has changed it.
-        state = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jnp.array(x), state)
-        parts = _parts(state)
-        copied = json.loads(json.dumps(data))  # `data` may be the iterator's own dict, which the next batch changes
-        path = str(_home(run_dir) / str(step))
-        about = seal({"data": copied, "sums": sums(parts)})
-        pending = ocp.save_checkpointables_async(path, parts, custom_metadata=about)
-
-    try:
-        yield save
-    finally:
-        finish()
 
 
 def latest_step(run_dir: RunDir) -> int | None:
@@ -105,11 +49,11 @@ def restore(run_dir: RunDir, abstract_state: Any, step: int | None = None) -> tu
     Raises:
         InputError: there is no such checkpoint, it cannot be read, or a leaf differs in name, shape or dtype.
     """
-    found, data = _load(step_dir(run_dir, step), _parts(abstract_state))
+    found, data = _load(step_dir(run_dir, step), parts_of(abstract_state))
     return abstract_state._replace(**(found.pop("state") | found)), data
 
 
-def _parts(state: Any) -> dict[str, Any]:
+def parts_of(state: Any) -> dict[str, Any]:
     """A state as what is stored apart and can be read alone, if it is there, and the rest."""
     apart = {name: getattr(state, name, ()) for name in ("params", "ema")}
     rest = {name: tree for name, tree in state._asdict().items() if name not in apart}
@@ -150,28 +94,8 @@ def stored_params(run_dir: RunDir, step: int | None = None) -> dict[str, Any]:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), saved)
 
 
-class _Base(NamedTuple):
-    step: Any
-    params: Any
-
-
-def save_base(run_dir: RunDir, params: PyTree[Array]) -> None:
-    """Write, apart from all checkpoints, the parameters that a run does not change; nothing if there are none.
-
-    A run that was stopped before its first checkpoint may have left others, which give way.
-    """
-    home = pathlib.Path(run_dir) / BASE
-    if jax.tree.leaves(params):
-        if jax.process_index() == 0:
-            shutil.rmtree(home, ignore_errors=True)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(str(home))
-        with saver(home, keep=1) as save:
-            save(0, _Base(jnp.int32(0), params), {})
-
-
 def restore_base(run_dir: RunDir, abstract_params: PyTree) -> PyTree[Array]:
-    """What `save_base` wrote.
+    """The parameters that `saver.save_base` wrote.
 
     Raises:
         InputError: as `restore`.
@@ -180,17 +104,48 @@ def restore_base(run_dir: RunDir, abstract_params: PyTree) -> PyTree[Array]:
     return abstract_params if none else restore_params(pathlib.Path(run_dir) / BASE, abstract_params)
 
 
-def _load(path: pathlib.Path, parts: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    from orbax.checkpoint import v1 as ocp
+def saved_data(run_dir: RunDir, step: int | None = None) -> dict[str, Any]:
+    """What was saved beside the state at `step` (None: the newest); the state is not read.
+
+    Raises:
+        InputError: there is no such checkpoint, or it cannot be read.
+    """
+    return _about(step_dir(run_dir, step))[0]["data"]
+
+
+def best_step(run_dir: RunDir) -> int:
+    """The step whose checkpoint has the least validation loss.
+
+    Raises:
+        InputError: none has one.
+    """
+    found = {step: saved_data(run_dir, step).get("valid_loss") for step in saved_steps(run_dir)}
+    losses = {step: loss for step, loss in found.items() if loss is not None}
+    rule = f"run_dir='{run_dir}' has no checkpoint of a step that was evaluated"
+    require(losses, f"{rule}; train with --train.keep-best, or give a step")
+    return min(losses, key=lambda step: losses[step])
+
+
+def _about(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any], bool]:
+    """What a checkpoint says of itself, of its arrays, and whether it is as 0.1 wrote it, without sums."""
+    from orbax.checkpoint import v1 as ocp  # here and below, because `import tx_jax` should be quick
 
     with _one_line(path):
         about = ocp.checkpointables_metadata(str(path))
         record: Any = about.custom_metadata or {}
-        stored = {name: about.metadata.get(name) for name in parts}
-    plain = record.keys() == {"data"}  # as 0.1 wrote it, without sums
-    whole = None not in stored.values() and (plain or is_sealed(record))
-    damaged = f"{path} cannot be read: its metadata is damaged; {EARLIER}"
-    _check(whole, damaged)
+    plain = record.keys() == {"data"}
+    _check(plain or is_sealed(record), DAMAGED.format(path))
+    return record, about.metadata, plain
+
+
+def _load(path: pathlib.Path, parts: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    from orbax.checkpoint import v1 as ocp
+
+    record, metadata, plain = _about(path)
+    damaged = DAMAGED.format(path)
+    with _one_line(path):
+        stored = {name: metadata.get(name) for name in parts}
+    _check(None not in stored.values(), damaged)
     stored = {name: kind(leaf) for name, leaf in leaves(stored).items()}
     saved = stored if plain else {n: told.rpartition(" ")[0] for n, told in _sums_of(record, parts).items()}
     _check(saved.keys() == stored.keys(), damaged)
@@ -245,13 +200,13 @@ def _one_line(path: pathlib.Path) -> Iterator[None]:
         sys.unraisablehook = hook
 
 
-def _home(run_dir: RunDir) -> pathlib.Path:
+def home_of(run_dir: RunDir) -> pathlib.Path:
     return pathlib.Path(run_dir).absolute() / "checkpoints"  # Orbax refuses relative paths
 
 
 def saved_steps(run_dir: RunDir) -> list[int]:
     """The steps whose checkpoints are there, in order."""
-    return sorted(int(path.name) for path in _home(run_dir).glob("*") if path.name.isdigit())
+    return sorted(int(path.name) for path in home_of(run_dir).glob("*") if path.name.isdigit())
 
 
 def step_dir(run_dir: RunDir, step: int | None) -> pathlib.Path:
@@ -264,7 +219,7 @@ def step_dir(run_dir: RunDir, step: int | None) -> pathlib.Path:
     require(steps, f"run_dir='{run_dir}' holds no checkpoint; train with --run-dir {run_dir} first")
     step = steps[-1] if step is None else step
     require(step in steps, f"step={step} is not in run_dir='{run_dir}'; it has {', '.join(map(str, steps))}")
-    return _home(run_dir) / str(step)
+    return home_of(run_dir) / str(step)
 
 
 def set_aside(run_dir: RunDir, step: int) -> pathlib.Path:
@@ -272,17 +227,6 @@ def set_aside(run_dir: RunDir, step: int) -> pathlib.Path:
     path = step_dir(run_dir, step)
     names = (path.with_name(f"{step}{ASIDE}{n or ''}") for n in itertools.count())
     return path.rename(next(name for name in names if not name.exists()))
-
-
-def _prune(run_dir: RunDir, keep: int) -> None:
-    """Remove all but the newest steps, and what a kill left unfinished."""
-    if jax.process_index() != 0:
-        return
-    for step in saved_steps(run_dir)[:-keep]:
-        path = _home(run_dir) / str(step)
-        path.rename(f"{path}{UNFINISHED}")  # a kill during the removal must not leave half a step under its name
-    for path in _home(run_dir).glob(f"*{UNFINISHED}"):
-        shutil.rmtree(path)
 
 
 def _target(x: Any) -> jax.ShapeDtypeStruct:

@@ -4,6 +4,7 @@ Like a ModelConfig it is data that checks itself; a run directory keeps it as co
 """
 
 import dataclasses
+import re
 from typing import Literal
 
 from tx_jax.config import DType, ModelConfig
@@ -18,6 +19,8 @@ Remat = Literal["none", "full", "dots", "names"]
 Objective = Literal["next_token", "prefix_lm", "masked_lm", "span_corruption", "translate"]
 OF_PAIRS = (("data", "bad_lines"), ("data", "test_fraction"), ("train", "n_scored"))  # what text has no use for
 OF_SAMPLES = (("train", "sample_prompt"), ("train", "sample_tokens"))  # and what does not go on from a prompt
+# What a run may be told to change (--change) when it goes on: it alters what is learnt, and not what is trained.
+CHANGEABLE = re.compile(r"(optim|train|data)\.(?!tokenizer$|vocab_size$|objective$)\w+|model\.dropout_rate")
 STACKS = {  # that an objective trains
     "next_token": "decoder",
     "prefix_lm": "decoder",
@@ -122,7 +125,9 @@ class TrainConfig:
     sample_every: int = 500
     save_every: int = 500
     max_skipped: int = 10  # steps in a row that are not finite, and change nothing, before the run gives up
-    keep: int = 2  # newest checkpoints kept
+    keep: int = 2  # newest checkpoints that stay
+    keep_every: int = 0  # those of multiples of so many steps stay, too; 0: none
+    keep_best: bool = False  # also save whenever the validation loss is the least so far, and keep that one
     n_averaged: int = 1  # newest checkpoints whose mean is tested at the end, and what sample.py takes (§6.1 of 2017)
     ema_rate: float = 0.0  # of the mean of all parameters so far that is evaluated, and sampled; 0: the parameters
     n_scored: int = 200  # translate: sentences of the validation split that are scored on the way
@@ -195,7 +200,13 @@ class RunConfig:
     mesh: MeshConfig = MeshConfig()
     lora: LoraConfig = LoraConfig()
     resume: str = "auto"  # auto: after the newest whole checkpoint | never | must | a step, later ones set aside
+    change: str | None = None  # fields that may differ from those of the run that goes on: optim.peak-lr,train.n-steps
     profile: bool = False  # write a trace of five steps to run_dir/profile
+
+    @property
+    def changes(self) -> frozenset[str]:
+        """The names that --change gives."""
+        return frozenset(filter(None, (self.change or "").replace("-", "_").replace(" ", "").split(",")))
 
     @property
     def is_free(self) -> bool:
@@ -235,6 +246,11 @@ class RunConfig:
         stack, needs = self.model.stack, STACKS[objective]
         rule = f"data.objective={objective!r} trains model.stack={needs!r}, not {stack!r}"
         require(given or stack == needs, f"{rule}; change the one or the other")
+        for name in sorted(self.changes):
+            part, _, field = name.partition(".")
+            known = CHANGEABLE.fullmatch(name) and hasattr(getattr(self, part), field)
+            rule = f"change={self.change!r} names {name}, which is no field that a run may change"
+            require(known, f"{rule}; such are optim.peak-lr, data.batch-size, train.n-steps")
         how = self.resume
         known = how in ("auto", "never", "must") or (how.isascii() and how.isdecimal())
         require(known, f"resume={how!r} is none of auto, never, must, nor the step of a checkpoint")

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 from tx_jax.config_json import from_json, to_json
 from tx_jax.errors import InputError, require
-from tx_jax.run_config import RunConfig
+from tx_jax.run_config import CHANGEABLE, RunConfig
 
 RunDir = str | os.PathLike[str]
 UNFINISHED_CONFIG = "config.json.tmp"
@@ -25,7 +25,7 @@ NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of file systems tha
 ANOTHER = "use another --run-dir"
 # Fields that may change when a run goes on: they do not enter the mathematics of a step.
 FREE = re.compile(
-    r"run_dir|profile|resume|mesh\..*|train\.(\w+_every|keep|max_skipped|n_averaged|n_scored|sample_\w+|accumulate_steps|remat|scan_layers)"
+    r"run_dir|profile|resume|change|mesh\..*|train\.(\w+_every|keep\w*|max_skipped|n_averaged|n_scored|sample_\w+|accumulate_steps|remat|scan_layers)"
 )
 
 
@@ -111,21 +111,49 @@ def _is_used(run_dir: RunDir) -> bool:
     return used
 
 
-def claim_run_dir(run_dir: RunDir, cfg: RunConfig) -> None:
-    """Make `run_dir` the home of the run `cfg`: a new directory, or one in which the same run goes on.
-
-    Where and how often things are written (FREE) may differ from the run before; config.json then holds the new values.
+def check_run_dir(run_dir: RunDir, cfg: RunConfig) -> None:
+    """Hold `run_dir` to be a home for the run `cfg`: new, or one in which the same run goes on.
 
     Raises:
-        InputError: run_dir is a file, holds other things, or a run that differs in a field that is not FREE.
+        InputError: run_dir is a file, holds other things, or a run that differs in a field that is neither FREE nor
+            among cfg.changes.
     """
     if _is_used(run_dir):
-        old, new = fields_of(read_config(run_dir)), fields_of(cfg)
-        names = [name for name in sorted(new) if not FREE.fullmatch(name) and old[name] != new[name]]
-        says = ", ".join(f"{name}={old[name]!r}, not {new[name]!r}" for name in names[:3])
-        more = f", and {len(names) - 3} more" if len(names) > 3 else ""
-        require(not names, f"run_dir='{run_dir}' holds a run with {says}{more}; {ANOTHER}, or its values")
-    write_config(run_dir, dataclasses.replace(cfg, resume="auto"))
+        check_fields(f"run_dir='{run_dir}' holds a run", fields_of(read_config(run_dir)), cfg, cfg.changes)
+
+
+def check_fields(where: str, old: dict[str, Any], cfg: RunConfig, changes: frozenset[str]) -> dict[str, Any]:
+    """The old values of the fields that differ from those of cfg, but for FREE ones.
+
+    Raises:
+        InputError: one is not among the changes.
+    """
+    new = fields_of(cfg)
+    differ = {
+        name: old[name] for name in sorted(new.keys() & old) if not FREE.fullmatch(name) and old[name] != new[name]
+    }
+    names = [name for name in differ if name not in changes]
+    says = ", ".join(f"{name}={old[name]!r}, not {new[name]!r}" for name in names[:3])
+    more = f", and {len(names) - 3} more" if len(names) > 3 else ""
+    may = f", or --change {','.join(names).replace('_', '-')}" if all(map(CHANGEABLE.fullmatch, names)) else ""
+    require(not names, f"{where} with {says}{more}; {ANOTHER}, or its values{may}")
+    return differ
+
+
+def claim_run_dir(run_dir: RunDir, cfg: RunConfig) -> None:
+    """Make `run_dir` the home of the run `cfg`, by a config.json with its values, and all changes so far.
+
+    Raises:
+        InputError: as `check_run_dir`.
+    """
+    check_run_dir(run_dir, cfg)
+    change = ",".join(sorted(cfg.changes | changes_of(run_dir))) or None
+    write_config(run_dir, dataclasses.replace(cfg, resume="auto", change=change))
+
+
+def changes_of(run_dir: RunDir) -> frozenset[str]:
+    """What the run in run_dir was told to change, so far."""
+    return read_config(run_dir).changes if _is_used(run_dir) else frozenset()
 
 
 def fields_of(cfg: RunConfig) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import pytest
 
 import tx_jax as tx
 from tx_jax import InputError, MeshConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig, checkpoint
+from tx_jax.saver import Saver
 from tx_jax.stacked import stack_layers, unstack_layers
 from tx_jax.training.optim import OPTIMIZERS, layer_rates, mean_params
 
@@ -199,7 +200,7 @@ def test_devices_and_a_checkpoint_change_nothing(name, tmp_path):
             sizes = {leaf.size // leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(state.opt_state)}
             assert sizes == {1, 4}  # split like the parameters, where they are
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5), *results)
-    with checkpoint.saver(tmp_path, 1) as save:
+    with Saver(tmp_path, 1) as save:
         save(2, state.moving, {})
     restored, _ = checkpoint.restore(tmp_path, jax.eval_shape(lambda: state.moving))
     restored = launcher.put_state(state._replace(**jax.tree.map(jnp.copy, restored)._asdict()))

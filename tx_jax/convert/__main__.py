@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from tx_jax import checkpoint
 from tx_jax.command_line import one_line_errors, parse
 from tx_jax.convert.pretrained import Source, find_family, save_pretrained
 from tx_jax.convert.sources import (
@@ -34,6 +33,7 @@ from tx_jax.errors import InputError, require
 from tx_jax.models import EncoderDecoder, build, count_params
 from tx_jax.run_config import DataConfig, RunConfig
 from tx_jax.run_dir import claim_run_dir
+from tx_jax.saver import Saver
 
 Layout = Literal["hugging_face", "run"]
 
@@ -99,7 +99,7 @@ def _to_run(args: Args, source: Source, tokenizer: AnyTokenizer | None, dst: Pat
     claim_run_dir(dst, RunConfig(run_dir=str(dst), init=args.src, model=source.cfg, data=data))
     if tokenizer is not None:
         tokenizer.save(dst / "tokenizer")
-    with checkpoint.saver(dst, keep=1) as save:
+    with Saver(dst, keep=1) as save:
         save(0, weights, {})
 
 

@@ -3,6 +3,7 @@
 What can be opened is a table of kinds, each with a test, a reader of the model and one of its tokenizer.
 """
 
+import contextlib
 import difflib
 import functools
 import importlib
@@ -15,7 +16,15 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from tx_jax.checkpoint import restore_base, restore_params, step_dir, stored_params
+from tx_jax.checkpoint import (
+    CheckpointError,
+    latest_step,
+    restore_base,
+    restore_params,
+    saved_data,
+    step_dir,
+    stored_params,
+)
 from tx_jax.config import ModelConfig
 from tx_jax.config_json import read_object
 from tx_jax.convert.files import INDEX, WEIGHTS, check_no_pickle
@@ -23,7 +32,7 @@ from tx_jax.convert.gguf import is_gguf, open_gguf
 from tx_jax.convert.named import NAMED, fetch_model
 from tx_jax.convert.pretrained import DTYPES, Source, open_directory, open_gguf_model
 from tx_jax.data.vocabularies import from_gguf
-from tx_jax.data.vocabulary_files import FILES, AnyTokenizer, find_tokenizer
+from tx_jax.data.vocabulary_files import FILES, AnyTokenizer, find_tokenizer, fingerprint
 from tx_jax.errors import InputError, require
 from tx_jax.lora import as_adapters, merge_lora
 from tx_jax.models import build, init_params
@@ -160,7 +169,12 @@ def _open_run(path: Path, step: int | None) -> Source:
 
 
 def _run_tokenizer(path: Path) -> AnyTokenizer | None:
-    return find_tokenizer(path / "tokenizer")
+    found, saved = find_tokenizer(path / "tokenizer"), {}
+    with contextlib.suppress(CheckpointError):  # which is told where it is asked for
+        saved = saved_data(path) if latest_step(path) else {}
+    same = found is None or saved.get("tokenizer_sha256") in (None, fingerprint(found))
+    require(same, f"{path}/tokenizer is not the one of its checkpoints; bring it back")
+    return found
 
 
 def _gguf_tokenizer(path: Path) -> AnyTokenizer | None:

@@ -1,5 +1,7 @@
 """The tokenizer of a directory, as models are published on Hugging Face, and of a run directory of ours."""
 
+import dataclasses
+import hashlib
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -45,6 +47,11 @@ def find_tokenizer(directory: str | os.PathLike[str]) -> AnyTokenizer | None:
         if all(found):
             return read(home, *(paths[0] for paths in found))
     return None
+
+
+def fingerprint(tokenizer: AnyTokenizer) -> str:
+    """The SHA-256 of a tokenizer: equal ones have the same."""
+    return hashlib.sha256(repr((type(tokenizer).__name__, dataclasses.astuple(tokenizer))).encode()).hexdigest()
 
 
 def _text(path: Path, *count: Any, limit: int = LIMIT) -> str:

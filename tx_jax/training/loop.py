@@ -6,15 +6,15 @@ checkpoints/<step>/. Running the same config again continues at the newest check
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from tx_jax import checkpoint
 from tx_jax.complexity import make_train_flops
 from tx_jax.convert.sources import load_pretrained
 from tx_jax.inspect import plot_metrics
@@ -23,10 +23,11 @@ from tx_jax.parallel import AXIS, Launcher, check_batch, check_mesh, jit_step, m
 from tx_jax.processes import any_says, check_same, first_says, gathered, is_first
 from tx_jax.run_config import MeshConfig, RunConfig
 from tx_jax.run_dir import fields_of, locked
+from tx_jax.saver import Saver, save_base
 from tx_jax.stacked import stack_layers, unstack_layers
 from tx_jax.training.optim import make_optimizer, make_schedule
-from tx_jax.training.report import Ready, Report
-from tx_jax.training.resume import check_text, claim, resume
+from tx_jax.training.report import Ready, Report, unless_full
+from tx_jax.training.resume import find_step, identity, resume, settle
 from tx_jax.training.start import first_state, make_assemble
 from tx_jax.training.step import TrainState, make_eval_step, make_train_step
 from tx_jax.training.stopping import Stop, stopping
@@ -40,92 +41,139 @@ def fit(cfg: RunConfig, stop: Stop | None = None) -> TrainState:
     """The state after cfg.train.n_steps optimiser steps, or where Ctrl-C or SIGTERM stopped it.
 
     Args:
-        stop: of a `stopping` around this call, to ask which.
+        stop: is told which of them did.
 
     Raises:
         InputError: the text, the configuration and the run directory do not fit together, or another process is using
             the directory; nothing is overwritten.
     """
     with contextlib.ExitStack() as held:
-        stop = stop or held.enter_context(stopping())
         check_same(fields_of(cfg))
         first_says(lambda: held.enter_context(locked(cfg.run_dir)))
-        return _fit(cfg, stop)
+        return _fit(cfg, stop or Stop())
+
+
+class Run(NamedTuple):
+    """What a run computes with."""
+
+    task: Task
+    mesh: Mesh | None
+    model: Model
+    launch: Launcher
+    layouts: "Layouts"
+    start: Callable[..., TrainState]  # (key, params or None) → the state before the first step
+    batches: Any  # without end
 
 
 def _fit(cfg: RunConfig, stop: Stop) -> TrainState:
-    run_dir = Path(cfg.run_dir)
+    run = open_run(cfg)
+    task, train = run.task, run.task.cfg.train
+    with contextlib.closing(run.batches):
+        step, state = begin(run)
+        with Report(task.cfg, step, sum(leaf.size for leaf in jax.tree.leaves(state.params))) as report:
+            step, state = take_steps(run, report, step, state, stop)
+            if step == train.n_steps and task.test is not None and not report.tested:
+                params = gathered(load_pretrained(cfg.run_dir, mesh=run.mesh).params)  # as sample.py loads them
+                report.test(step, task.test(run.model, params))
+            report.end(step, stopped=step < train.n_steps)
+    return run.layouts.unstack(run.launch.host_state(state))
+
+
+def open_run(cfg: RunConfig) -> Run:
+    """All that can be refused of a run, but for what its directory holds; nothing is written."""
     mesh = choose_mesh(cfg.mesh)
     task = open_task(cfg, rows_here(mesh, cfg.data.batch_size))
     cfg, train = task.cfg, task.cfg.train
     model = build(cfg.model, train.remat)
     optimizer = make_optimizer(cfg.optim, train.n_steps, cfg.model.width_ratio)
-    schedule = make_schedule(cfg.optim, train.n_steps)
-    stack, unstack = make_layouts(cfg)
+    layouts = make_layouts(cfg)
     start = functools.partial(first_state, cfg.lora, model, optimizer, ema=cfg.keeps_mean)
-    state = jax.eval_shape(start, jax.random.key(0))
-    n_trained = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    shapes = jax.eval_shape(layouts.stack, jax.eval_shape(start, jax.random.key(0)))
     if mesh is not None:
         check_mesh(mesh, cfg.model)
-    launch = make_launcher(cfg, model, optimizer, jax.eval_shape(stack, state), mesh)
+    launch = make_launcher(cfg, model, optimizer, shapes, mesh)
     check_batch(cfg.data.batch_size, launch.n_parts, train.accumulate_steps)
-    launch.put_batch(task.held_out[0])  # refuses what else the devices cannot share, before anything is written
-    evaluate = launch.make_eval(make_eval_step(model))
-    assemble = make_assemble(cfg.lora)
-
-    def whole(state: TrainState) -> dict:
-        return assemble(*unstack(launch.host_state((state.ema if cfg.keeps_mean else state.params, state.frozen))))
-
+    launch.put_batch(task.held_out[0])  # refuses what else the devices cannot share
     flops_of = make_train_flops(cfg.model, adapters=cfg.lora.rank > 0)
     batches = prefetch(task.batches, lambda batch: Ready(launch.put_batch(batch), batch.n_tokens, flops_of(batch)))
-    step = first_says(lambda: claim(run_dir, cfg, task.tokenizer))
-    if step:
-        step, state, data = resume(run_dir, state if mesh is None else placed(state, mesh), step, cfg.resume)
-        check_text(run_dir, data["text_sha256"], task.sha256)
-        batches.set_state(data["batches"])
-        state = launch.make_state(stack)(state)
-    else:
-        params = None if task.load is None else task.load(mesh)
-        begin = lambda params, key: stack(start(key, params))  # noqa: E731
-        begin = launch.make_state(begin, donate_argnums=() if train.scan_layers else 0)
-        state = begin(params, jax.random.key(train.seed))
-        checkpoint.save_base(run_dir, launch.host_state(state.frozen))
+    return Run(task, mesh, model, launch, layouts, start, batches)
 
-    with contextlib.closing(batches), Report(cfg, step, n_trained) as report:
-        with checkpoint.saver(run_dir, train.keep) as save:
-            last = step == train.n_steps or asked(stop)
-            while not last:
-                batch = report.next(batches)
-                report.trace(step + 1)
-                state, metrics = launch.step(state, batch)
-                step += 1
-                report.took(step, metrics)
-                logs = due(step, train.log_every) or step == report.first
-                asks = jax.process_count() == 1 or logs  # once a step or, of all processes, where they wait anyway
-                last = step == train.n_steps or (asks and asked(stop))  # the last step is always saved
-                if logs or last:
-                    report.training(step, metrics, float(schedule(step - 1)))
-                if due(step, train.eval_every, train.n_steps):
-                    with report.pause(metrics):
-                        params = whole(state)
-                        found = losses(evaluate, params, task)
-                        report.validation(step, found | task.score(model, gathered(params)))
-                if due(step, train.sample_every, train.n_steps):
-                    with report.pause(metrics):
-                        key = jax.random.fold_in(jax.random.key(train.seed), step)
-                        report.sample(step, task.sample(model, gathered(whole(state)), key))
-                if due(step, train.save_every) or last:
-                    report.look()
-                    with report.pause(metrics):
-                        data = {"batches": batches.get_state(), "text_sha256": task.sha256}
-                        save(step, unstack(launch.host_state(state.moving)), data)
-                        if is_first():
-                            plot_metrics(run_dir)
-        if step == train.n_steps and task.test is not None and not report.tested:
-            params = gathered(load_pretrained(run_dir, mesh=mesh).params)  # as sample.py loads them
-            report.test(step, task.test(model, params))
-        report.end(step, stopped=step < train.n_steps)
-    return unstack(launch.host_state(state))
+
+def begin(run: Run) -> tuple[int, TrainState]:
+    """The steps that are done, and the state after them: of a checkpoint, or of a new run. Its batches follow them."""
+    task, launch = run.task, run.launch
+    cfg, run_dir, state = task.cfg, Path(task.cfg.run_dir), None
+    step = first_says(lambda: find_step(run_dir, cfg, task.tokenizer))
+    if step:
+        shapes = jax.eval_shape(run.start, jax.random.key(0))
+        shapes = shapes if run.mesh is None else placed(shapes, run.mesh)
+        step, state, position = resume(run_dir, cfg, shapes, step, identity(cfg, task.tokenizer, task.sha256))
+        if position is not None:
+            run.batches.set_state(position)
+    first_says(lambda: settle(run_dir, cfg, task.tokenizer))
+    if step:
+        return step, launch.make_state(run.layouts.stack)(state)
+    params = None if task.load is None else task.load(run.mesh)
+    first = lambda params, key: run.layouts.stack(run.start(key, params))  # noqa: E731
+    first = launch.make_state(first, donate_argnums=() if cfg.train.scan_layers else 0)
+    state = first(params, jax.random.key(cfg.train.seed))
+    save_base(run_dir, launch.host_state(state.frozen))
+    return step, state
+
+
+def take_steps(run: Run, report: Report, step: int, state: TrainState, stop: Stop) -> tuple[int, TrainState]:
+    """Take steps up to the last, or to a signal, and log, evaluate, sample and save between them."""
+    task, launch, batches = run.task, run.launch, run.batches
+    cfg, train = task.cfg, task.cfg.train
+    schedule, about = make_schedule(cfg.optim, train.n_steps), identity(cfg, task.tokenizer, task.sha256)
+    evaluate, assemble = launch.make_eval(make_eval_step(run.model)), make_assemble(cfg.lora)
+
+    def whole() -> dict:
+        parts = state.ema if cfg.keeps_mean else state.params, state.frozen
+        return assemble(*run.layouts.unstack(launch.host_state(parts)))
+
+    def failed(wait: bool) -> bool:
+        if why := save.failure(wait=wait):
+            report.unsaved(step, why)
+        return why is not None
+
+    saver = Saver(cfg.run_dir, train.keep, keep_every=train.keep_every, keep_best=train.keep_best)
+    with stopping(stop), saver as save:
+        last, unsaved = step == train.n_steps or asked(stop), False
+        while not last:
+            batch = report.next(batches)
+            report.trace(step + 1)
+            state, metrics = launch.step(state, batch)
+            step += 1
+            report.took(step, metrics)
+            logs = due(step, train.log_every) or step == report.first
+            asks = jax.process_count() == 1 or logs  # once a step or, of all processes, where they wait anyway
+            last = step == train.n_steps or (asks and asked(stop))  # the last step is always saved
+            if logs or last:
+                report.training(step, metrics, schedule)
+                unsaved |= failed(wait=False)
+            found: dict[str, float] = {}
+            if due(step, train.eval_every, train.n_steps):
+                with report.pause(metrics):
+                    params = whole()
+                    found = losses(evaluate, params, task)
+                    report.validation(step, found | task.score(run.model, gathered(params)))
+            if due(step, train.sample_every, train.n_steps):
+                with report.pause(metrics):
+                    key = jax.random.fold_in(jax.random.key(train.seed), step)
+                    report.sample(step, task.sample(run.model, gathered(whole()), key))
+            best = train.keep_best and found.get("valid_loss", math.inf) < save.best
+            if due(step, train.save_every) or last or best or (unsaved and logs):
+                report.look()
+                with report.pause(metrics):
+                    data = {"batches": batches.get_state()} | about | found
+                    failed(wait=True)  # the save before this one
+                    save(step, run.layouts.unstack(launch.host_state(state.moving)), data)
+                    unsaved = False
+                    if is_first():
+                        with unless_full():
+                            plot_metrics(cfg.run_dir)
+    return step, state
 
 
 def prefetch(batches: "grain.IterDataset", ready: Callable[[Any], Ready]) -> Any:
@@ -135,11 +183,18 @@ def prefetch(batches: "grain.IterDataset", ready: Callable[[Any], Ready]) -> Any
     return iter(experimental.ThreadPrefetchIterDataset(batches.map(ready), prefetch_buffer_size=2))
 
 
-def make_layouts(cfg: RunConfig) -> tuple[Callable, Callable]:
+class Layouts(NamedTuple):
     """State to state: with the layers as the step has them, and as checkpoints and everything else do."""
+
+    stack: Callable[[Any], Any] = lambda state: state
+    unstack: Callable[[Any], Any] = lambda state: state
+
+
+def make_layouts(cfg: RunConfig) -> Layouts:
+    """Those of the config."""
     if not cfg.train.scan_layers:
-        return lambda state: state, lambda state: state
-    return functools.partial(stack_layers, period=len(cfg.model.window_pattern)), jax.jit(unstack_layers)
+        return Layouts()
+    return Layouts(functools.partial(stack_layers, period=len(cfg.model.window_pattern)), jax.jit(unstack_layers))
 
 
 def asked(stop: Stop) -> bool:

@@ -1,6 +1,7 @@
 """What a run says as it goes: lines and a progress bar for a person, metrics.jsonl and samples.txt for later."""
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -9,7 +10,7 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ from tx_jax.training.step import Metrics
 TRACED = 5  # steps of a profile
 UNREAD = 100  # steps that are looked at together, at most; and whose losses are what is usual
 SPIKE = 2.0  # times the median
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a disk without room says
 
 
 class Ready(NamedTuple):
@@ -47,7 +49,7 @@ class Report:
         self.n_tokens, self.flops, self.waited = 0, 0.0, 0.0  # since the last report
         self.unread: list[tuple[int, Metrics]] = []  # steps that were taken since then
         self.losses: deque[float] = deque(maxlen=UNREAD)
-        self.n_skipped = 0  # in a row
+        self.n_in_a_row = 0  # of steps skipped
         self.quiet = not is_first()  # that process speaks for all
         self.console = Console(
             quiet=self.quiet, highlight=False, soft_wrap=True, force_jupyter=False
@@ -64,9 +66,11 @@ class Report:
         self.bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
         self.task = self.bar.add_task("compiling …", total=cfg.train.n_steps, completed=step)
         self.tracing: int | None = None  # the first step of a trace that is being taken
-        metrics = Path(os.devnull) if self.quiet else _cut(self.run_dir / "metrics.jsonl", step)
-        self.tested = metrics.is_file() and '"test_' in metrics.read_text(encoding="utf-8")  # by a run before this one
-        self.metrics = metrics.open("a", encoding="utf-8")
+        rows = [] if self.quiet else _cut(self.run_dir / "metrics.jsonl", step)
+        self.n_skipped = sum("skipped" in row for row in rows)
+        self.tested = any(row["step"] == cfg.train.n_steps and "test_" in str(row) for row in rows)  # by a run before
+        files = ("metrics.jsonl", "samples.txt")
+        self.metrics, self.samples = (_Lines(Path(os.devnull) if self.quiet else self.run_dir / name) for name in files)
         self.since, self.done = time.perf_counter(), step  # of the speed being measured
 
     def __enter__(self) -> "Report":
@@ -86,11 +90,11 @@ class Report:
     def __exit__(self, *_: object) -> None:
         self.trace(None)
         self.bar.stop()
-        self.metrics.close()
 
     def line(self, text: str) -> None:
         """One line for a person."""
-        self.console.print(text, markup=False)
+        with unless_full():  # where standard output is a file
+            self.console.print(text, markup=False)
 
     def next(self, batches: Iterator[Ready]) -> Any:
         """The next batch, which is counted, and the time that the step waits for it."""
@@ -127,7 +131,8 @@ class Report:
         """
         for step, metrics in jax.device_get(self.unread):
             usual = statistics.median(self.losses) if len(self.losses) == self.losses.maxlen else math.inf
-            self.n_skipped = self.n_skipped + 1 if metrics.skipped else 0
+            self.n_in_a_row = self.n_in_a_row + 1 if metrics.skipped else 0
+            self.n_skipped += int(metrics.skipped)
             if metrics.skipped:
                 self.write(step, {"skipped": True})
                 self.line(f"step {step:>5}  skipped: its loss or gradient is not finite; nothing is changed")
@@ -136,14 +141,15 @@ class Report:
                 self.line(f"step {step:>5}  spike: loss {metrics.loss:.4f}, where {usual:.4f} is usual")
             if not metrics.skipped:
                 self.losses.append(float(metrics.loss))
-            rule = f"{self.n_skipped} steps in a row, to step {step}, had a loss or gradient that is not finite"
+            rule = f"{self.n_in_a_row} steps in a row, to step {step}, had a loss or gradient that is not finite"
             remedy = "lower --optim.peak-lr, or --resume an earlier step; all that is saved is finite"
-            require(self.n_skipped < self.cfg.train.max_skipped, f"{rule}; {remedy}")
+            require(self.n_in_a_row < self.cfg.train.max_skipped, f"{rule}; {remedy}")
         self.unread.clear()
 
-    def training(self, step: int, metrics: Metrics, lr: float) -> None:
+    def training(self, step: int, metrics: Metrics, schedule: Callable[[int], Any]) -> None:
         """The last training step, and the speed since the last report."""
         self.look()
+        lr = float(schedule(step - 1 - self.n_skipped))  # by the updates, which skipped steps are not
         loss, norm = float(metrics.loss), float(metrics.grad_norm)  # waits for the device
         seconds = time.perf_counter() - self.since
         if step == self.first:
@@ -187,9 +193,7 @@ class Report:
 
     def sample(self, step: int, text: str) -> None:
         """A text that the model wrote."""
-        samples = Path(os.devnull) if self.quiet else self.run_dir / "samples.txt"
-        with samples.open("a", encoding="utf-8") as file:
-            file.write(f"=== step {step}\n{text}\n\n")
+        self.samples.add(f"=== step {step}\n{text}\n\n")
         self.line(f"step {step:>5}  sample\n" + "\n".join(f"    {row}" for row in text.strip().splitlines()))
 
     def end(self, step: int, *, stopped: bool) -> None:
@@ -200,8 +204,12 @@ class Report:
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """One record of metrics.jsonl."""
-        self.metrics.write(json.dumps({"step": step} | values) + "\n")
-        self.metrics.flush()
+        self.metrics.add(json.dumps({"step": step} | values) + "\n")
+
+    def unsaved(self, step: int, why: str) -> None:
+        """A checkpoint that could not be written."""
+        self.write(step, {"unsaved": why})
+        self.line(f"WARNING: {why}. The run goes on, and saves as soon as there is room")
 
     @contextlib.contextmanager
     def pause(self, metrics: Metrics) -> Iterator[None]:
@@ -219,14 +227,46 @@ def memory_in_use() -> int:
     return max(told) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _cut(path: Path, step: int) -> Path:
-    """metrics.jsonl without records after `step`: those steps will be taken again."""
-    if path.exists():
-        rows = [row for row in path.read_text(encoding="utf-8").splitlines() if row.endswith("}")]
-        new = path.with_suffix(".new")
-        new.write_text("".join(row + "\n" for row in rows if json.loads(row)["step"] <= step), encoding="utf-8")
-        new.replace(path)
-    return path
+class _Lines:
+    """A file that grows by whole lines. What a full disk does not take is kept, and goes with the next."""
+
+    def __init__(self, path: Path):
+        self.path, self.waiting = path, ""
+
+    def add(self, text: str) -> None:
+        self.waiting += text
+        size = self.path.stat().st_size if self.path.exists() else 0
+        with unless_full():
+            try:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(self.waiting)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.truncate(self.path, size)  # no part of a line stays
+                raise
+            self.waiting = ""
+
+
+@contextlib.contextmanager
+def unless_full() -> Iterator[None]:
+    """What a disk without room refuses is left undone; checkpoints, which are not to be left so, say it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+
+
+def _cut(path: Path, step: int) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl, which it keeps, up to `step`: later steps will be taken again."""
+    if not path.exists():
+        return []
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    rows = [row for row in map(json.loads, lines) if row["step"] <= step]
+    new = path.with_suffix(".new")
+    new.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    new.replace(path)
+    return rows
 
 
 def _clock(seconds: float) -> str:

@@ -8,32 +8,29 @@ import jax
 
 from tx_jax import checkpoint
 from tx_jax.convert.sources import AnyTokenizer
-from tx_jax.data.vocabulary_files import find_tokenizer
+from tx_jax.data.vocabulary_files import find_tokenizer, fingerprint
 from tx_jax.errors import require
 from tx_jax.processes import is_first
 from tx_jax.run_config import RunConfig
-from tx_jax.run_dir import claim_run_dir
+from tx_jax.run_dir import changes_of, check_fields, check_run_dir, claim_run_dir, fields_of
 from tx_jax.training.step import TrainState
 
+TEXTS = frozenset({"data.path", "data.corpus", "data.mixture", "data.target_path"})  # fields that name a text
 
-def claim(run_dir: Path, cfg: RunConfig, tokenizer: AnyTokenizer) -> int:
-    """Make run_dir the home of this run; the step at which it goes on, 0 for a new one.
+
+def find_step(run_dir: Path, cfg: RunConfig, tokenizer: AnyTokenizer) -> int:
+    """The step at which this run goes on in run_dir; 0: it begins.
 
     Raises:
-        InputError: it holds another run, or another tokenizer: that of another text; or cfg.resume does not fit it.
+        InputError: run_dir holds another run, or another tokenizer, that of another text; or cfg.resume does not fit.
     """
     held = find_tokenizer(run_dir / "tokenizer")
+    then, now = ("" if held is None else fingerprint(held)), fingerprint(tokenizer)
     rule = f"run_dir='{run_dir}' holds a run with another tokenizer, such as that of another text"
-    require(held in (None, tokenizer), f"{rule}; use another --run-dir, or its text, --data.tokenizer and --init")
-    step = _wanted(run_dir, cfg.resume)
-    claim_run_dir(run_dir, cfg)
-    tokenizer.save(run_dir / "tokenizer")
-    return step
-
-
-def _wanted(run_dir: Path, how: str) -> int:
-    """The step that `how` (RunConfig.resume) names; 0: none."""
-    newest = checkpoint.latest_step(run_dir)
+    remedy = "use another --run-dir, or its text, --data.tokenizer and --init"
+    require(held in (None, tokenizer), f"{rule}: of SHA-256 {then[:8]}…, not {now[:8]}…; {remedy}")
+    check_run_dir(run_dir, cfg)
+    newest, how = checkpoint.latest_step(run_dir), cfg.resume
     if how.isdecimal():
         require(int(how), f"resume={how!r} is before the first step; use another --run-dir to begin anew")
         return int(checkpoint.step_dir(run_dir, int(how)).name)
@@ -44,44 +41,74 @@ def _wanted(run_dir: Path, how: str) -> int:
     return newest or 0
 
 
-def resume(run_dir: Path, state: TrainState, step: int, how: str) -> tuple[int, TrainState, dict[str, Any]]:
-    """The step of the newest checkpoint from `step` down that is whole, its state, and its place in the data.
+def settle(run_dir: Path, cfg: RunConfig, tokenizer: AnyTokenizer) -> int:
+    """Write down that the run is this one: all that may be refused has not been."""
+    claim_run_dir(run_dir, cfg)
+    tokenizer.save(run_dir / "tokenizer")
+    return 0
 
-    Once there is one, later steps and those that are not whole are set aside: the run will write its own.
+
+def identity(cfg: RunConfig, tokenizer: AnyTokenizer, text_sha256: str) -> dict[str, Any]:
+    """What a checkpoint says of the run that wrote it."""
+    return {"config": fields_of(cfg), "tokenizer_sha256": fingerprint(tokenizer), "text_sha256": text_sha256}
+
+
+def resume(
+    run_dir: Path, cfg: RunConfig, state: TrainState, step: int, now: dict[str, Any]
+) -> tuple[int, TrainState, Any]:
+    """The step of the newest checkpoint from `step` down that is whole, its state, and its place in the data, if any.
+
+    Once there is one, later steps and those that are not whole are set aside: the run will write its own. In data that
+    were changed on purpose a place would mean nothing: they begin anew.
 
     Args:
         state: its shapes.
-        how: RunConfig.resume. A step that it names is taken or refused; many processes take or refuse the newest, too.
+        now: the `identity` of this run. A step that cfg.resume names is taken or refused; many processes take or
+            refuse the newest, too.
 
     Raises:
         CheckpointError: none is whole.
+        InputError: it is of another run.
     """
     frozen = checkpoint.restore_base(run_dir, state.frozen)
     while True:
         try:
-            moving, position = checkpoint.restore(run_dir, state.moving, step)
+            moving, saved = checkpoint.restore(run_dir, state.moving, step)
             break
         except checkpoint.CheckpointError as error:
             earlier = [other for other in checkpoint.saved_steps(run_dir) if 0 < other < step]
-            if how.isdecimal() or jax.process_count() > 1 or not earlier:
+            if cfg.resume.isdecimal() or jax.process_count() > 1 or not earlier:
                 raise
             _say(f"WARNING: {error}. The run goes on after step {earlier[-1]} if that is whole")
             step = earlier[-1]
+    anew = _check_same(run_dir, cfg, saved, now)
     for later in [other for other in checkpoint.saved_steps(run_dir) if other > step and is_first()]:
         _say(f"step {later} is set aside as {checkpoint.set_aside(run_dir, later)}")
-    return step, TrainState(**moving._asdict(), frozen=frozen), position
+    return step, TrainState(**moving._asdict(), frozen=frozen), None if anew else saved["batches"]
+
+
+def _check_same(run_dir: Path, cfg: RunConfig, saved: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether the data are others than those that a checkpoint was saved with, which was asked for.
+
+    Raises:
+        InputError: it was not, or another field differs.
+    """
+    changes = cfg.changes | changes_of(run_dir)
+    held, text = saved["text_sha256"], now["text_sha256"]
+    rule = f"run_dir='{run_dir}' began with a text of SHA-256 {held[:8]}…, and this one has {text[:8]}…"
+    remedy = "use another --run-dir, bring its text back, or begin with this one by --change data.path"
+    require(held == text or changes & TEXTS, f"{rule}; {remedy}")
+    words = now["tokenizer_sha256"]
+    then = saved.get("tokenizer_sha256", words)  # 0.1 did not say
+    rule = f"run_dir='{run_dir}' has a checkpoint with a tokenizer of SHA-256 {then[:8]}…, not {words[:8]}…"
+    require(then == words, f"{rule}; bring tokenizer/ back, or use another --run-dir")
+    old = check_fields(f"run_dir='{run_dir}' has a checkpoint of a run", saved.get("config", {}), cfg, changes)
+    for name, value in old.items():
+        _say(f"{name} is {now['config'][name]!r} from here on, and was {value!r}")
+    of_order = [name for name in old if name.startswith(("data.", "train.seed")) and name not in TEXTS]
+    return held != text or bool(of_order)
 
 
 def _say(text: str) -> None:
     if is_first():
         print(text, file=sys.stderr, flush=True)
-
-
-def check_text(run_dir: Path, held: str, now: str) -> None:
-    """Hold a run that goes on to the text that it began with: its place in another would mean nothing.
-
-    Raises:
-        InputError: the text is another.
-    """
-    rule = f"run_dir='{run_dir}' began with a text of SHA-256 {held[:8]}…, and this one has {now[:8]}…"
-    require(held == now, f"{rule}; use another --run-dir, or bring its text back")

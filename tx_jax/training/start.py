@@ -42,10 +42,12 @@ def open_start(cfg: RunConfig, make_tokenizer: Callable[[], AnyTokenizer], speci
     Raises:
         InputError: the tokenizer cannot be made, cfg.init is not there, or the two do not fit together.
     """
+    goes_on = latest_step(cfg.run_dir)  # 0: weights that were put there, with which nothing was trained
     if cfg.init is None:
-        tokenizer = make_tokenizer()
+        keeps = goes_on and any(name.startswith("data.") for name in cfg.changes)  # in other data, its own words
+        tokenizer = load_tokenizer(cfg.run_dir) if keeps else make_tokenizer()
         return Start(dataclasses.replace(cfg, model=fill_vocabulary(cfg.model, tokenizer)), tokenizer)
-    if latest_step(cfg.run_dir):  # 0: weights that were put there, with which nothing was trained
+    if goes_on:
         model, tokenizer, load = read_config(cfg.run_dir).model, load_tokenizer(cfg.run_dir), None
     else:
         path = find_source(cfg.init)

@@ -19,14 +19,13 @@ class Stop:
 
 
 @contextlib.contextmanager
-def stopping() -> Iterator[Stop]:
-    """Tells of the first SIGINT or SIGTERM; the second does what it did before, at once.
+def stopping(stop: Stop) -> Iterator[None]:
+    """Tells `stop` of the first SIGINT or SIGTERM; the second does what it did before, at once.
 
     Outside of the main thread, where Python lets nobody handle signals, nothing is told.
     """
-    stop = Stop()
     if threading.current_thread() is not threading.main_thread():
-        yield stop
+        yield
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
@@ -43,6 +42,6 @@ def stopping() -> Iterator[Stop]:
     for number in before:
         signal.signal(number, heed)
     try:
-        yield stop
+        yield
     finally:
         restore()

@@ -88,8 +88,9 @@ def token_task(cfg: RunConfig, own: np.ndarray | None) -> Task:
         rule = f"{part.directory} has another tokenizer than {files[0].directory}"
         require(tokenizer == tokenizers[0], f"{rule}; prepare it with that one")
     cfg, tokenizer, load = open_start(cfg, lambda: cast(AnyTokenizer, tokenizers[0]))
-    rule = f"init={cfg.init!r} has another tokenizer than {files[0].directory}"
-    require(tokenizer == tokenizers[0], f"{rule}; prepare it with --tokenizer {cfg.init}")
+    own_name = f"run_dir={cfg.run_dir!r}" if cfg.init is None else f"init={cfg.init!r}"
+    rule = f"{own_name} has another tokenizer than {files[0].directory}"
+    require(tokenizer == tokenizers[0], f"{rule}; prepare it with --tokenizer {cfg.init or cfg.run_dir}")
     n_train = [split_documents(part, data.valid_fraction) for part in files]
     pieces = [cut(part, data.seq_len) for part in files]
     firsts = [part.of_documents(n) for part, n in zip(pieces, n_train, strict=True)]

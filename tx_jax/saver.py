@@ -1,0 +1,182 @@
+"""Writing checkpoints behind the steps that go on, and which of them stay.
+
+A checkpoint is written under a temporary name and renamed when it is whole, so a kill at any moment leaves the last one
+in place. A disk that is full, or fails, costs a run that save and no more: it is told, and may try again.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import pathlib
+import re
+import shutil
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import multihost_utils
+from jaxtyping import Array, PyTree
+
+from tx_jax.checkpoint import BASE, CheckpointError, RunDir, home_of, latest_step, parts_of, saved_data, saved_steps
+from tx_jax.errors import require
+from tx_jax.integrity import seal, sums
+
+UNFINISHED = ".orbax-checkpoint-tmp"  # Orbax's suffix of what is not whole (orbax TMP_DIR_SUFFIX)
+REASONS = re.compile(r"No space left on device|Disk quota exceeded|File too large|Read-only file system")
+AGAIN = "; make room, and run the same command again"
+
+
+class Saver:
+    """A function `save(step, state, data)`, to be used inside a `with`.
+
+    `state` is a NamedTuple of arrays with a field `params`; `data` is what JSON can hold, a Grain iterator's
+    `get_state()`. `save` copies both and returns; writing goes on behind the next steps, which may donate the state's
+    buffers. It is on disk when the next `save` returns, or at the end of the `with`. What could not be written is
+    raised there, or told by `failure`, and what there is of it removed.
+
+    >>> import collections, tempfile
+    >>> from tx_jax.checkpoint import restore
+    >>> state = collections.namedtuple("State", "step params")(jnp.int32(7), {"w": jnp.ones(3)})
+    >>> with tempfile.TemporaryDirectory() as run_dir:
+    ...     with Saver(run_dir, keep=2) as save:
+    ...         save(7, state, {"next_index": 21})
+    ...     restore(run_dir, state)[1]
+    {'next_index': 21}
+    """
+
+    def __init__(self, run_dir: RunDir, keep: int, *, keep_every: int = 0, keep_best: bool = False):
+        """
+        Args:
+            keep: the newest checkpoints that stay.
+            keep_every: those of steps that are multiples of it stay, too; 0: none.
+            keep_best: so does the one of the least `data["valid_loss"]`.
+        """
+        self.run_dir, self.keep, self.keep_every, self.keep_best = run_dir, keep, keep_every, keep_best
+        self.step, self.pending = 0, None  # of the last save, while it is being written
+        self.untold: str | None = None
+        self.losses: dict[int, float] = {}
+
+    def __enter__(self) -> "Saver":
+        self.level = logging.getLogger("absl").level
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # where Orbax puts pages on what is one line here
+        for step in saved_steps(self.run_dir) if self.keep_best else ():
+            with contextlib.suppress(CheckpointError):
+                self._note(step, saved_data(self.run_dir, step))
+        self._tidy()
+        return self
+
+    def __exit__(self, kind: Any, *_: object) -> None:
+        failed = self.failure(wait=True)
+        logging.getLogger("absl").setLevel(self.level)
+        if failed and kind is None:
+            raise CheckpointError(failed + AGAIN)
+
+    def __call__(self, step: int, state: Any, data: dict[str, Any]) -> None:
+        """
+        Raises:
+            InputError: the step is not after the newest checkpoint.
+            CheckpointError: the save before this one could not be written, which nobody has asked about.
+        """
+        from orbax.checkpoint import v1 as ocp  # here, because `import tx_jax` should be quick
+
+        if failed := self.failure(wait=True):
+            raise CheckpointError(failed + AGAIN)
+        newest = latest_step(self.run_dir)
+        rule = f"step={step} is not after step {newest} in run_dir='{self.run_dir}'"
+        require(newest is None or step > newest, f"{rule}; restore it, or use another --run-dir")
+        self.step = step
+        if lacking := self._lacks(state):
+            self.untold = lacking
+            return
+        # Orbax hangs at a NumPy scalar, and might read a NumPy array after its owner has changed it.
+        state = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jnp.array(x), state)
+        parts = parts_of(state)
+        copied = json.loads(json.dumps(data))  # `data` may be the iterator's own dict, which the next batch changes
+        path = str(home_of(self.run_dir) / str(step))
+        about = seal({"data": copied, "sums": sums(parts)})
+        self._note(step, copied)
+        try:
+            self.pending = ocp.save_checkpointables_async(path, parts, custom_metadata=about)
+        except OSError as error:
+            self._failed(error)
+
+    @property
+    def best(self) -> float:
+        """The least validation loss of the checkpoints that are there; infinite if none has one."""
+        return min(self.losses.values(), default=math.inf)
+
+    def failure(self, *, wait: bool = False) -> str | None:
+        """Why the last save is not on disk, told once. None: it is, or without `wait` may still be on its way.
+
+        Of many processes each waits for the others, so that it is known when all wait.
+        """
+        if self.pending is not None and (wait or jax.process_count() == 1):
+            try:
+                self.pending.result(None if wait else 0)
+            except TimeoutError:
+                if wait:
+                    raise
+                return None
+            except Exception as error:  # of any kind: Orbax has many for what a disk does
+                self._failed(error)
+            self.pending = None
+            self._tidy()
+        told, self.untold = self.untold, None
+        return told
+
+    def _failed(self, error: Exception) -> None:
+        found = REASONS.search(str(error))
+        why = found[0] if found else f"{type(error).__name__}: {' '.join(str(error).split()):.160}"
+        self.untold = f"step {self.step} is not saved in run_dir='{self.run_dir}': {why}"
+        self.losses.pop(self.step, None)
+
+    def _note(self, step: int, data: dict[str, Any]) -> None:
+        if "valid_loss" in data:
+            self.losses[step] = data["valid_loss"]
+
+    def _lacks(self, state: Any) -> str | None:
+        """What is wrong if the disk has less room than the state would take."""
+        home = home_of(self.run_dir)
+        home.mkdir(parents=True, exist_ok=True)
+        needed, free = sum(leaf.nbytes for leaf in jax.tree.leaves(state)), shutil.disk_usage(home).free
+        lacks = free < needed
+        if jax.process_count() > 1:
+            lacks = bool(multihost_utils.process_allgather(jnp.int32(lacks)).max())
+        rule = f"step {self.step} is not saved in run_dir='{self.run_dir}': it needs"
+        return f"{rule} {needed / 1e9:.3g} GB, and its disk has {free / 1e9:.3g} GB left" if lacks else None
+
+    def _tidy(self) -> None:
+        """Remove steps that are not to stay, and what a kill or a full disk left unfinished."""
+        if jax.process_index() != 0:
+            return
+        steps, home = saved_steps(self.run_dir), home_of(self.run_dir)
+        stay = {*steps[-self.keep :], *(step for step in steps if self.keep_every and step % self.keep_every == 0)}
+        if self.keep_best:
+            stay |= {step for step in steps if self.losses.get(step) == self.best}
+        for step in set(steps) - stay:
+            self.losses.pop(step, None)
+            path = home / str(step)
+            path.rename(f"{path}{UNFINISHED}")  # a kill during the removal must not leave half a step under its name
+        for path in home.glob(f"*{UNFINISHED}"):
+            shutil.rmtree(path)
+
+
+class _Base(NamedTuple):
+    step: Any
+    params: Any
+
+
+def save_base(run_dir: RunDir, params: PyTree[Array]) -> None:
+    """Write, apart from all checkpoints, the parameters that a run does not change; nothing if there are none.
+
+    A run that was stopped before its first checkpoint may have left others, which give way.
+    """
+    home = pathlib.Path(run_dir) / BASE
+    if jax.tree.leaves(params):
+        if jax.process_index() == 0:
+            shutil.rmtree(home, ignore_errors=True)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(str(home))
+        with Saver(home, keep=1) as save:
+            save(0, _Base(jnp.int32(0), params), {})
