@@ -1,15 +1,12 @@
 """Checkpoints: bit for bit, onto other devices, after a kill; and each refusal by its text."""
 
-import contextlib
 import dataclasses
 import functools
 import os
 import pathlib
 import re
-import signal
 import subprocess
 import sys
-import time
 from typing import Any, NamedTuple
 
 import jax
@@ -71,17 +68,6 @@ def test_bit_for_bit(tmp_path, caplog):
     assert not [record for record in caplog.records if record.levelname != "INFO"]  # nothing on the terminal
 
 
-def test_keeps_the_newest(tmp_path):
-    assert latest_step(tmp_path) is None
-    left = tmp_path / "checkpoints" / "9.orbax-checkpoint-tmp"
-    left.mkdir(parents=True)
-    assert latest_step(tmp_path) is None
-    put(tmp_path, 2, 9, 10, keep=2)
-    assert latest_step(tmp_path) == 10
-    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["10", "9"]
-    assert_same(restore(tmp_path, make_state(), step=9)[0], make_state(9))
-
-
 def test_saved_values_outlive_donation(tmp_path):
     bump = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
     params, data = {"w": jnp.zeros(1 << 20)}, {"next_index": 0}
@@ -130,43 +116,6 @@ def test_onto_eight_devices(tmp_path):
     with Saver(tmp_path, 1) as save:
         save(5, state, data)
     assert_same(restore(tmp_path, jax.eval_shape(make_state))[0], state)  # and from eight onto one
-
-
-WRITER = """
-import itertools
-from test_checkpoint import make_state
-from tx_jax.checkpoint import latest_step
-from tx_jax.saver import Saver
-with Saver({run_dir!r}, 2) as save:
-    for step in itertools.count(1 + (latest_step({run_dir!r}) or 0)):
-        save(step, make_state(step), {{"next_index": step}})
-        print(step, flush=True)
-"""
-
-
-def test_survives_kills(tmp_path):
-    tests = pathlib.Path(__file__).parent
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}"}
-    command = [sys.executable, "-c", WRITER.format(run_dir=str(tmp_path))]
-    done = 0
-    for wait in (0.0, 0.07, 0.19):  # seconds: within a write, a rename, a removal
-        writer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-        assert writer.stdout is not None
-        while int(writer.stdout.readline()) < done + 3:
-            pass
-        time.sleep(wait)
-        writer.send_signal(signal.SIGKILL)
-        writer.communicate()
-        newest = latest_step(tmp_path)
-        assert newest is not None
-        assert newest >= done + 2  # one save may be under way, no more
-        done = newest
-        for step in (newest, newest - 1):
-            state, data = restore(tmp_path, make_state(), step)
-            assert_same(state, make_state(step))
-            assert data == {"next_index": step}
-    put(tmp_path, done + 1, keep=1)
-    assert os.listdir(tmp_path / "checkpoints") == [f"{done + 1}"]
 
 
 def with_params(state: State, **params: Any) -> State:
@@ -226,43 +175,6 @@ def test_refuses_damage(tmp_path, caplog, victim, damage):
         restore_params(tmp_path, params)
     assert str(refusal.value).endswith("; remove it to go back to an earlier step")
     assert not caplog.records  # nothing on the terminal but the refusal
-
-
-def payload(path: pathlib.Path) -> list[pathlib.Path]:
-    """The files of a checkpoint that are not empty, arrays first."""
-    return sorted(
-        (file for file in path.rglob("*") if file.is_file() and file.stat().st_size),
-        key=lambda file: -file.stat().st_size,
-    )
-
-
-LATE = "ignore::pytest.PytestUnraisableExceptionWarning"  # of reads that tensorstore ends after the first has failed
-
-
-@pytest.mark.filterwarnings(LATE)
-@pytest.mark.parametrize("seed", range(12))
-def test_a_flipped_bit_is_never_another_number(tmp_path, seed):
-    rng = np.random.default_rng(seed)
-    state = make_state(3)._replace(params={"w": jnp.asarray(rng.integers(0, 2**32, 4096, np.uint32)), "b": jnp.ones(9)})
-    with Saver(tmp_path, 1) as save:
-        save(3, state, DATA)
-    files = payload(tmp_path / "checkpoints" / "3")
-    victim = files[0] if seed < 6 else files[rng.integers(len(files))]
-    content = bytearray(victim.read_bytes())
-    at = rng.integers(len(content))
-    content[at] ^= 1 << rng.integers(8)
-    victim.write_bytes(content)
-    known = pytest.raises(CheckpointError, match=f"^[^\n]*{re.escape(str(tmp_path))}[^\n]*$")
-    with contextlib.suppress(EveryBitIsRight), known:
-        found, data = restore(tmp_path, jax.eval_shape(lambda: state))
-        assert_same(found, state)
-        assert data == DATA
-        assert seed >= 6
-        raise EveryBitIsRight  # the victim is what nobody reads
-
-
-class EveryBitIsRight(Exception):  # noqa: N818
-    pass
 
 
 def test_a_changed_element_is_named(tmp_path, monkeypatch):
@@ -397,7 +309,7 @@ def test_a_mean_over_steps_lies_apart(tmp_path):
     assert_same(restore(tmp_path, state)[0], state)
     assert_same(restore_params(tmp_path, state.params, part="ema"), state.ema)
     assert_same(restore_params(tmp_path, state.params), state.params)
-    with refuses("its metadata is damaged"):  # has no such part
+    with refuses("ema/b/c is absent in"):
         restore_params(put(tmp_path / "none", 1), make_state().params, part="ema")
 
 

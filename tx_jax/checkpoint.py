@@ -12,6 +12,7 @@ import itertools
 import logging
 import os
 import pathlib
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -28,6 +29,7 @@ RunDir = str | os.PathLike[str]
 BASE = "base"  # in a run directory: the parameters that adapters are beside, as the step 0 of a run of its own
 ASIDE = ".aside"  # suffix of a step that a run has left for an earlier one
 EARLIER = "remove it to go back to an earlier step"
+LEAF = re.compile(r'"([^"/]+)/(?:c/[\d/]*|zarr\.json)"')  # of which tensorstore says that it cannot be read
 DAMAGED = "{} cannot be read: its metadata is damaged; " + EARLIER
 
 
@@ -144,18 +146,20 @@ def _load(path: pathlib.Path, parts: dict[str, Any]) -> tuple[dict[str, Any], di
     record, metadata, plain = _about(path)
     damaged = DAMAGED.format(path)
     with _one_line(path):
-        stored = {name: metadata.get(name) for name in parts}
-    _check(None not in stored.values(), damaged)
-    stored = {name: kind(leaf) for name, leaf in leaves(stored).items()}
+        stored = {name: metadata.get(name, {}) for name in parts}
+        stored = {name: kind(leaf) for name, leaf in leaves(stored).items()}
     saved = stored if plain else {n: told.rpartition(" ")[0] for n, told in _sums_of(record, parts).items()}
-    _check(saved.keys() == stored.keys(), damaged)
     wanted = {name: kind(leaf) for name, leaf in leaves(parts).items()}
     # A typed key is written as its uint32 data, and given back as the kind that is in the file, whatever is asked for.
     keys = {name: saved[name] for name, told in wanted.items() if plain and told.startswith("key<") and name in saved}
     _require_same(path, saved, wanted | keys)
+    _check(saved.keys() == stored.keys(), damaged)
     with _one_line(path):
         found = ocp.load_checkpointables(str(path), jax.tree.map(_target, parts))
-    _require_same(path, {name: kind(leaf) for name, leaf in leaves(found).items()}, wanted)
+    read = {name: kind(leaf) for name, leaf in leaves(found).items()}
+    if plain:
+        _require_same(path, read, wanted)
+    _check(plain or read == wanted, damaged)
     for name, told in {} if plain else sums(found).items():
         _check(record["sums"][name] == told, f"{name} of {path} is damaged: its bits are not those saved; {EARLIER}")
     return found, record["data"]
@@ -180,9 +184,10 @@ def _check(ok: object, message: str) -> None:
 @contextlib.contextmanager
 def _one_line(path: pathlib.Path) -> Iterator[None]:
     """Orbax reports a damaged file by pages of log, one of many errors and what other reads leave: make it one line."""
-    logger = logging.getLogger("absl")
-    level, hook = logger.level, sys.unraisablehook
-    logger.setLevel(logging.CRITICAL)
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    levels, hook = [logger.level for logger in loggers], sys.unraisablehook
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     sys.unraisablehook = lambda _: None
     try:
         yield
@@ -191,12 +196,14 @@ def _one_line(path: pathlib.Path) -> Iterator[None]:
     except Exception as error:  # of any kind: damage shows as whatever the reader trips over
         if getattr(error, "errno", None) in (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE):
             raise
-        what = type(error).__name__
+        leaf = LEAF.search(str(error))
+        what = type(error).__name__ + (f" at {leaf[1].replace('.', '/')}" if leaf else "")
         error.__traceback__ = None  # which holds those other reads
         gc.collect()
         raise CheckpointError(f"{path} cannot be read: {what}; {EARLIER}") from None
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
         sys.unraisablehook = hook
 
 

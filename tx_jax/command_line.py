@@ -54,6 +54,7 @@ def one_line_errors() -> Iterator[None]:
     Ctrl-C, and a reader who has gone (`| head`), end without a word, with the shell's codes for their signals.
     """
     logging.getLogger("absl").setLevel(logging.ERROR)  # Grain warns of profilers on older jaxlibs
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # reads that have failed once are told of once
     try:
         yield
         sys.stdout.flush()

@@ -11,8 +11,8 @@ import jax
 import numpy as np
 import pytest
 
-from tx_jax import load_pretrained
-from tx_jax.checkpoint import latest_step, saved_steps
+from tx_jax import load_pretrained, load_tokenizer
+from tx_jax.checkpoint import latest_step, saved_data, saved_steps
 from tx_jax.errors import InputError
 from tx_jax.run_dir import locked
 
@@ -110,6 +110,99 @@ def test_never_and_must(train, tiny, again, tmp_path, capsys):
     text = refused(train, capsys, *tiny, "--run-dir", tmp_path / "new", "--resume", "5.0")
     assert "resume='5.0' is none of auto, never, must, nor the step of a checkpoint" in text
     assert saved_steps(again) == [20, 40]
+
+
+MISMATCHES = {  # flag: what the run was begun with, and what it is now
+    "--model.n-layers 2": "model.n_layers=1, not 2",
+    "--model.d-model 32": "model.d_model=16, not 32",
+    "--model.n-heads 4": "model.n_heads=2, not 4",
+    "--model.max-len 128": "model.max_len=64, not 128",
+    "--model.window 8": "model.window=16, not 8",
+    "--model.mlp swiglu": "model.mlp='gelu', not 'swiglu'",
+    "--model.norm rmsnorm": "model.norm='layernorm', not 'rmsnorm'",
+    "--model.positions learned": "model.positions='rotary', not 'learned'",
+    "--model.dtype bfloat16": "model.dtype='float32', not 'bfloat16'",
+    "--model.dropout-rate 0.1": "model.dropout_rate=0.3, not 0.1; use another --run-dir, or its values, or --change",
+    "--data.seq-len 8": "data.seq_len=16, not 8; use another --run-dir, or its values, or --change data.seq-len",
+    "--data.batch-size 16": "data.batch_size=8, not 16; use another",
+    "--data.valid-fraction 0.2": "data.valid_fraction=0.1, not 0.2; use another",
+    "--data.tokenizer byte": "holds a run with another tokenizer, such as that of another text: of SHA-256 ",
+    "--data.path {other}": "holds a run with another tokenizer, such as that of another text: of SHA-256 ",
+    "--data.path {same_letters}": "text.txt', not '{same_letters}'; use another",
+    "--optim.peak-lr 0.1": "optim.peak_lr=0.01, not 0.1; use another --run-dir, or its values, or --change optim.peak",
+    "--optim.name lion": "optim.name='adamw', not 'lion'",
+    "--optim.beta2 0.9": "optim.beta2=0.99, not 0.9",
+    "--optim.moment-dtype bfloat16": "optim.moment_dtype='float32', not 'bfloat16'",
+    "--optim.schedule constant": "optim.schedule='cosine', not 'constant'",
+    "--optim.clip-norm 2": "optim.clip_norm=1.0, not 2.0",
+    "--train.n-steps 50": "train.n_steps=40, not 50",
+    "--train.seed 1": "train.seed=0, not 1",
+    "--train.ema-rate 0.9": "train.ema_rate=0.0, not 0.9",
+    "--train.ema-rate 0.9 --change train.ema-rate": "error: ema/embed/table is absent in ",
+    "--optim.moment-dtype bfloat16 --change optim.moment-dtype": "mu/embed/table is float32[15, 16] in ",
+    "--model.n-heads 4 --change model.n-heads": "change='model.n-heads' names model.n_heads, which is no field that",
+    "--change optim.peak": "change='optim.peak' names optim.peak, which is no field that a run may change; such",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory, text):
+    """Texts of other letters, and of the same."""
+    home = tmp_path_factory.mktemp("others")
+    (home / "other.txt").write_text(text.read_text() + "Ω")
+    (home / "same.txt").write_text(text.read_text()[::-1])
+    return {"other": home / "other.txt", "same_letters": home / "same.txt"}
+
+
+def contents(home):
+    return {path: path.read_bytes() for path in home.rglob("*") if path.is_file() and path.name != "lock"}
+
+
+@pytest.mark.parametrize("flags", MISMATCHES)
+def test_another_run_is_refused(run, train, tiny, others, capsys, flags):
+    flags, says, before = flags.format(**others), MISMATCHES[flags].format(**others), contents(run)
+    assert says in refused(train, capsys, *tiny, "--run-dir", run, *flags.split())
+    assert contents(run) == before
+
+
+def records(run_dir):
+    return [json.loads(row) for row in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_what_may_change_on_purpose(run, train, tiny, again, others, capsys):
+    more = ["--optim.schedule", "constant", "--train.n-steps", "60", "--change", "optim.schedule,train.n-steps"]
+    train([*tiny, "--run-dir", str(again), *more])
+    out, err = capsys.readouterr()
+    assert err == (
+        "optim.schedule is 'constant' from here on, and was 'cosine'\ntrain.n_steps is 60 from here on, and was 40\n"
+    )
+    assert "continuing after step 40 of 60" in out
+    assert latest_step(again) == 60
+    assert records(again)[-2]["lr"] == pytest.approx(0.01)
+    told = refused(train, capsys, *tiny, "--run-dir", again)
+    assert "train.n_steps=60, not 40" in told
+    train([str(again / "config.json"), "--run-dir", str(again)])  # its config says so from now on
+    assert "continuing after step 60 of 60" in capsys.readouterr().out
+
+
+def test_other_data_begin_anew(run, train, tiny, again, others, capsys):
+    to = ["--train.n-steps", "42", "--data.path", str(others["same_letters"]), "--run-dir", str(again)]
+    train([*tiny, *to, "--train.log-every", "1", "--change", "data.path,train.n-steps"])
+    assert "data.path is " in capsys.readouterr().err
+    fresh = again.parent / "fresh"
+    train([*tiny, *to, "--run-dir", str(fresh), "--train.n-steps", "2", "--train.save-every", "1"])
+    one, two = (saved_data(path)["batches"] for path in (again, fresh))
+    assert one == two
+    words = load_tokenizer(again)
+    assert words == load_tokenizer(run)
+
+
+def test_a_tokenizer_that_is_not_the_checkpoints_is_not_used(sample, train, again, capsys):
+    path = again / "tokenizer" / "tokenizer.json"
+    other = json.loads(path.read_text())
+    other["characters"] = other["characters"].replace("t", "z")
+    path.write_text(json.dumps(other | {"characters": "".join(sorted(other["characters"]))}))
+    assert "/tokenizer is not the one of its checkpoints; bring it back" in refused(sample, capsys, again)
 
 
 HOLD = """
