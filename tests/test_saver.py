@@ -230,9 +230,9 @@ def test_what_nobody_asks_about_is_raised(tmp_path):
 
 def test_room_is_looked_for_before_a_save(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=300))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=300_000))
     with Saver(tmp_path, 2) as save:
-        save(1, make_state(1), DATA)
+        save(1, make_state(1)._replace(params={"w": jnp.ones(125_000)}), DATA)
         assert os.listdir(tmp_path / "checkpoints") == []
         why = save.failure()
-    assert why == f"step 1 is not saved in run_dir='{tmp_path}': it needs 3.46e-07 GB, and its disk has 3e-07 GB left"
+    assert why == f"step 1 is not saved in run_dir='{tmp_path}': it needs 0.50 MB, and its disk has 0.30 left"

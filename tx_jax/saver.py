@@ -144,7 +144,7 @@ class Saver:
         if jax.process_count() > 1:
             lacks = bool(multihost_utils.process_allgather(jnp.int32(lacks)).max())
         rule = f"step {self.step} is not saved in run_dir='{self.run_dir}': it needs"
-        return f"{rule} {needed / 1e9:.3g} GB, and its disk has {free / 1e9:.3g} GB left" if lacks else None
+        return f"{rule} {needed / 1e6:,.2f} MB, and its disk has {free / 1e6:,.2f} left" if lacks else None
 
     def _tidy(self) -> None:
         """Remove steps that are not to stay, and what a kill or a full disk left unfinished."""

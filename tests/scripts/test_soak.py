@@ -1,0 +1,44 @@
+"""Half an hour of training, evaluating, sampling and saving takes no more memory, and no more open files."""
+
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from trials import FULL
+
+ROOT = Path(__file__).parents[2]
+SECONDS, WARM = (1800, 300) if FULL else (4, 1)
+OFTEN = """--train.n-steps 10000000 --train.log-every 20 --train.eval-every 20 --train.sample-every 20
+    --train.save-every 20"""
+
+
+def usage(pid):
+    """Resident KiB, and open files."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    resident = int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1])
+    return resident, len(list(Path(f"/proc/{pid}/fd").iterdir()))
+
+
+def test_soak(tiny, tmp_path):
+    command = [sys.executable, ROOT / "train.py", *tiny, *OFTEN.split(), "--run-dir", tmp_path / "run"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    while not (tmp_path / "run" / "checkpoints" / "40").exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    time.sleep(WARM)
+    found, end = [], time.monotonic() + SECONDS
+    while time.monotonic() < end:
+        found.append(usage(process.pid))
+        time.sleep(0.05 if not FULL else 1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 143
+    tenth = len(found) // 10
+    before, after = (statistics.median(memory for memory, _ in part) for part in (found[:tenth], found[-tenth:]))
+    files, more = (min(n for _, n in part) for part in (found[: 3 * tenth], found[-3 * tenth :]))  # between two saves
+    print(f"{before / 1024:.0f} MiB, {files} files; after {SECONDS} s {after / 1024:.0f} MiB, {more} files")
+    assert after <= before * (1.05 if FULL else 1.2)
+    assert more <= files
