@@ -36,6 +36,7 @@ RANKS = {  # of every module of the package
     "convert.layouts": 0, "convert.gguf": 1, "convert.fields": 1, "convert.mapping": 6, "convert.family": 7,
     "convert.decoders": 8, "convert.encoders": 8, "convert.gguf_models": 8, "convert.pretrained": 9,
     "convert.sources": 10, "convert.__main__": 11, "training.start": 11, "training.samples": 11, "writing": 11,
+    "sample_args": 2, "translate_lines": 12,
     "batch_output": 3, "batch_input": 12, "batch_job": 13, "training.tasks": 12, "training.loop": 14,
     "training.resume": 13, "training.stopping": 0,
     "": 11,  # the public surface

@@ -13,6 +13,7 @@ import logging
 import operator
 import os
 import re
+import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,8 +52,10 @@ C = TypeVar("C")
 def one_line_errors() -> Iterator[None]:
     """Turn what a user can mend into one line and exit code 2; anything else keeps its traceback.
 
-    Ctrl-C, and a reader who has gone (`| head`), end without a word, with the shell's codes for their signals.
+    Ctrl-C, and a reader who has gone (`| head`), end without a word, with the shell's codes for their signals. What a
+    script writes is not open to everybody to write, whatever the umask.
     """
+    os.umask(os.umask(0o022) | stat.S_IWOTH)
     logging.getLogger("absl").setLevel(logging.ERROR)  # Grain warns of profilers on older jaxlibs
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # reads that have failed once are told of once
     try:

@@ -185,6 +185,22 @@ def test_what_may_change_on_purpose(run, train, tiny, again, others, capsys):
     assert "continuing after step 60 of 60" in capsys.readouterr().out
 
 
+def test_the_best_checkpoint_stays(train, sample, tiny, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    more = "--optim.peak-lr 0.3 --train.eval-every 2 --train.save-every 0 --train.keep 1 --train.keep-best"
+    train([*tiny, *more.split(), "--run-dir", str(run_dir)])
+    losses = {row["step"]: row["valid_loss"] for row in records(run_dir) if "valid_loss" in row}
+    best = min(losses, key=lambda step: losses[step])
+    assert best < 40
+    assert saved_steps(run_dir) == [best, 40]
+    assert saved_data(run_dir, best)["valid_loss"] == losses[best]
+    capsys.readouterr()
+    sample([str(run_dir), "--step", "best", "--max-new-tokens", "3"])
+    text = capsys.readouterr().out
+    sample([str(run_dir), "--step", str(best), "--max-new-tokens", "3"])
+    assert capsys.readouterr().out == text
+
+
 def test_other_data_begin_anew(run, train, tiny, again, others, capsys):
     to = ["--train.n-steps", "42", "--data.path", str(others["same_letters"]), "--run-dir", str(again)]
     train([*tiny, *to, "--train.log-every", "1", "--change", "data.path,train.n-steps"])

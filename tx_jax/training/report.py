@@ -232,10 +232,11 @@ class _Lines:
 
     def __init__(self, path: Path):
         self.path, self.waiting = path, ""
+        path.touch()
 
     def add(self, text: str) -> None:
         self.waiting += text
-        size = self.path.stat().st_size if self.path.exists() else 0
+        size = self.path.stat().st_size
         with unless_full():
             try:
                 with self.path.open("a", encoding="utf-8") as file:
