@@ -15,7 +15,8 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
-install_import_hook("tx_jax", "beartype.beartype")
+if os.environ.get("ANNOTATIONS") != "unchecked":
+    install_import_hook("tx_jax", "beartype.beartype")
 
 
 @pytest.fixture(scope="session")

@@ -12,9 +12,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from tx_jax.data.subwords import Subwords
-from tx_jax.decoding.prompts import check_tokens
 from tx_jax.errors import require
 from tx_jax.models import DecoderLM, Encoder
+from tx_jax.modules.embed import check_tokens
 
 SHORTEST = 16  # tokens; batches are padded to this, or twice, four times, … as much, so that few shapes are compiled
 

@@ -17,10 +17,11 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from tx_jax.cache import init_cache
 from tx_jax.decoding.automaton import Automaton
 from tx_jax.decoding.generate import Writing, advance, as_generation, begin, prefill
-from tx_jax.decoding.prompts import BUCKET, Prompt, check_tokens, pad_prompts
+from tx_jax.decoding.prompts import BUCKET, Prompt, pad_prompts
 from tx_jax.decoding.samplers import Sampler, Samplers, as_arrays, check_sampler, draws
 from tx_jax.errors import require
 from tx_jax.models import DecoderLM
+from tx_jax.modules.embed import check_tokens
 
 
 class Written(NamedTuple):

@@ -13,6 +13,7 @@ from tx_jax.cache import Cache
 from tx_jax.decoding.samplers import check_sampler, draws, is_by_row
 from tx_jax.errors import require
 from tx_jax.models import DecoderLM, EncoderDecoder
+from tx_jax.modules.embed import check_tokens
 
 LanguageModel = DecoderLM | EncoderDecoder
 BUCKET = 64  # prompts are padded to a multiple of this many tokens, so that few lengths are compiled
@@ -33,32 +34,18 @@ def pad_prompts(prompts: Sequence[Sequence[int]], width: int | None = None) -> P
     [[0, 1], [0, -1]]
 
     Raises:
-        InputError: there is no prompt, or one has no token.
+        InputError: there is no prompt, or one has no token, or what is no integer.
     """
     lengths = [len(prompt) for prompt in prompts]
     require(lengths, "prompts=[]: give at least one prompt")
     require(min(lengths), f"prompt {lengths.index(min(lengths))} has no token; a model goes on from at least one")
     width = max(lengths) if width is None else max(width, *lengths)
     rows = [list(prompt) + [0] * (width - len(prompt)) for prompt in prompts]
+    kind = np.asarray(rows).dtype
+    require(np.issubdtype(kind, np.integer), f"prompts hold {kind}; ids are integers")
     index = np.arange(width)
     positions = np.where(index < np.array(lengths)[:, None], index, -1)
     return Prompt(jnp.asarray(rows, jnp.int32), jnp.asarray(positions, jnp.int32))
-
-
-def check_tokens(tokens: Array | np.ndarray, vocab_size: int, name: str = "tokens") -> None:
-    """Hold ids to (B, T) integers in [0, vocab_size), where their values can be seen.
-
-    Raises:
-        InputError: another shape or dtype, no tokens, or an id outside of the vocabulary.
-    """
-    require(tokens.ndim == 2, f"{name}.shape={tokens.shape} must be (batch, length); wrap one row as [row]")
-    require(jnp.issubdtype(tokens.dtype, jnp.integer), f"{name}.dtype={tokens.dtype} must be an integer")
-    require(tokens.size, f"{name}.shape={tokens.shape} holds no token; give at least one a row")
-    if not isinstance(tokens, Tracer):
-        values = np.asarray(tokens)  # not tokens.min(), which inside a jit that closes over them is traced
-        low, high = int(values.min()), int(values.max())
-        bad = low if low < 0 else high
-        require(low >= 0 and high < vocab_size, f"{name} holds id {bad}; the vocabulary is 0 … {vocab_size - 1}")
 
 
 def prepare(
@@ -66,8 +53,7 @@ def prepare(
 ) -> tuple[Prompt, int]:
     """The checked prompt, padded to its bucket, and how many cache slots it needs with what follows."""
     cfg = model.cfg
-    tokens = jnp.asarray(tokens) if isinstance(tokens, list) else tokens
-    check_tokens(tokens, cfg.vocab_size)
+    tokens = check_tokens(tokens, cfg.vocab_size)
     B, T = tokens.shape
     n_prefix, held = _check_prefix(prefix, B)
     plain = memory is None and cfg.window is None and prefix is None
@@ -88,7 +74,7 @@ def prepare(
     require(rows == B, f"memory holds {rows} sources, tokens {B} rows; encode one source for each row")
     if positions is None:
         positions = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
-    _check_positions(positions, (B, T))
+    check_positions(positions, (B, T))
     bucket = BUCKET if T <= CHUNK else CHUNK
     width = 1 if T == 1 else min(-(-T // bucket) * bucket, cfg.max_len)  # one token: as translations begin
     pad = ((0, 0), (0, width - T))
@@ -130,7 +116,12 @@ _MEMORY_RULE = {
 }
 
 
-def _check_positions(positions: Array | np.ndarray, shape: tuple[int, int]) -> None:
+def check_positions(positions: Array | np.ndarray, shape: tuple[int, int]) -> None:
+    """Hold positions, where their values can be seen, to those of texts that are padded on the right.
+
+    Raises:
+        InputError: another shape, or other positions.
+    """
     require(positions.shape == shape, f"positions.shape={positions.shape} must be that of tokens, {shape}")
     if not isinstance(positions, Tracer):
         rows = np.asarray(positions)

@@ -74,14 +74,19 @@ RULES: dict[str, Rule] = {
 OF_TEXT = tuple(RULES)[1:9]  # rules that look at what was written
 OF_DRAWS = tuple(RULES)[10:]  # rules that leave the likeliest as it is
 
+
+def _whole(x: np.ndarray) -> Any:
+    return np.isfinite(x) & (np.floor(x) == x)
+
+
 BOUNDS = {  # of each number: (test, rule)
     "repetition_penalty": (lambda x: x > 0, "positive; 1 or None leaves it out"),
     "presence_penalty": (np.isfinite, "finite; 0 or None leaves it out"),
     "frequency_penalty": (np.isfinite, "finite; 0 or None leaves it out"),
-    "no_repeat_ngram": (lambda x: (x >= 0) & (np.mod(x, 1) == 0), "a whole number, at least 0, which leaves it out"),
-    "min_new_tokens": (lambda x: (x >= 0) & (np.mod(x, 1) == 0), "a whole number, at least 0"),
+    "no_repeat_ngram": (lambda x: (x >= 0) & _whole(x), "a whole number, at least 0, which leaves it out"),
+    "min_new_tokens": (lambda x: (x >= 0) & _whole(x), "a whole number, at least 0"),
     "temperature": (lambda x: (x >= 0) & np.isfinite(x), "at least 0, which is greedy, and finite"),
-    "top_k": (lambda x: (x >= 1) & (np.mod(x, 1) == 0), "a whole number, at least 1; leave it out (None) to keep all"),
+    "top_k": (lambda x: (x >= 1) & _whole(x), "a whole number, at least 1; leave it out (None) to keep all"),
     "top_p": (lambda x: (x > 0) & (x <= 1), "in (0, 1]; leave it out (None) to keep all"),
     "min_p": (lambda x: (x >= 0) & (x <= 1), "in [0, 1]; leave it out (None) to keep all"),
     "typical_p": (lambda x: (x > 0) & (x <= 1), "in (0, 1]; leave it out (None) to keep all"),

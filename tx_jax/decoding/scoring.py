@@ -11,9 +11,10 @@ from jaxtyping import Array, Float, Int
 
 from tx_jax.cache import Cache
 from tx_jax.decoding.generate import hidden_of, logits_of
-from tx_jax.decoding.prompts import LanguageModel, check_tokens, pad_prompts
+from tx_jax.decoding.prompts import LanguageModel, check_positions, pad_prompts
 from tx_jax.errors import require
 from tx_jax.models import DecoderLM
+from tx_jax.modules.embed import check_tokens
 
 PART = 128  # positions whose logits are there at a time
 
@@ -46,13 +47,15 @@ def score(
     (1, 3)
 
     Raises:
-        InputError: ids outside of the vocabulary, or more tokens than the model has positions.
+        InputError: ids outside of the vocabulary, positions that are not those of texts that are padded on the right,
+            or more tokens than the model has positions.
     """
-    check_tokens(tokens, cast(int, model.cfg.vocab_size))
+    tokens = check_tokens(tokens, cast(int, model.cfg.vocab_size))
     (B, T), most = tokens.shape, model.cfg.max_len
     require(most >= T, f"tokens has {T} columns, max_len={most}; use `perplexity`, which goes by windows")
     tokens, index = jnp.asarray(tokens), jnp.broadcast_to(jnp.arange(T), (B, T))
     positions = index if positions is None else jnp.asarray(positions)
+    check_positions(positions, (B, T))
     x, _ = hidden_of(model, params, tokens, positions, None, memory)
     return _log_probs(model, params, x, tokens, positions)
 
@@ -95,7 +98,7 @@ def perplexity(
     Raises:
         InputError: fewer than two tokens, ids outside of the vocabulary, or a number out of its bounds.
     """
-    most, ids = model.cfg.max_len, np.asarray(ids, np.int32)
+    most, ids = model.cfg.max_len, np.asarray(ids)
     window = min(most, 1024) if window is None else window
     stride = max(window // 2, 1) if stride is None else stride
     require(ids.ndim == 1 and len(ids) >= 2, f"ids of shape {ids.shape} must be one text of at least two tokens")
@@ -108,7 +111,7 @@ def perplexity(
     total, read = 0.0, 1
     for first in range(0, len(starts), batch_size):
         rows = [ids[start : start + window] for start in starts[first : first + batch_size]]
-        padded = pad_prompts([*map(np.ndarray.tolist, rows + rows[-1:] * (batch_size - len(rows)))], window)
+        padded = pad_prompts([row.tolist() for row in rows + rows[-1:] * (batch_size - len(rows))], window)
         found = np.asarray(_score(model, params, *padded), np.float64)
         for row, start in zip(found, starts[first : first + batch_size], strict=False):
             total += row[read - start :].sum()

@@ -13,11 +13,12 @@ from jaxtyping import Array, Float, Integer, PRNGKeyArray
 
 from tx_jax.cache import Cache, init_cache, resize_cache
 from tx_jax.decoding.automaton import Automaton
-from tx_jax.decoding.prompts import BUCKET, Prompt, check_tokens, pad_prompts
+from tx_jax.decoding.prompts import BUCKET, Prompt, pad_prompts
 from tx_jax.decoding.samplers import Sampler, Samplers, check_sampler, draws
 from tx_jax.decoding.stream import fill, steps
 from tx_jax.errors import require
 from tx_jax.models import DecoderLM
+from tx_jax.modules.embed import check_tokens
 
 Ids = Sequence[int] | Integer[np.ndarray, " T"]
 LEAST_SLOTS = 256  # of a cache; it doubles when it is full, so that few sizes are compiled

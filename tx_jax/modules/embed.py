@@ -1,10 +1,12 @@
 """Tokens to vectors, and vectors to logits: the two ends of a model, which may share one table."""
 
-from typing import cast
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from tx_jax.config import ModelConfig
@@ -13,6 +15,24 @@ from tx_jax.modules.linear import TABLE_INITS, Linear, product
 from tx_jax.modules.mlp import ACTIVATIONS
 from tx_jax.modules.norms import make_norm
 from tx_jax.ops.spread import gathered
+
+
+def check_tokens(tokens: Any, vocab_size: int, name: str = "tokens") -> Array | np.ndarray:
+    """Ids as an array, held to (B, T) integers in [0, vocab_size) where their values can be seen: outside of `jit`.
+
+    Raises:
+        InputError: another shape or dtype, no tokens, or an id outside of the vocabulary.
+    """
+    tokens = tokens if isinstance(tokens, jax.Array) else np.asarray(tokens)
+    require(tokens.ndim == 2, f"{name}.shape={tokens.shape} must be (batch, length); wrap one row as [row]")
+    require(jnp.issubdtype(tokens.dtype, jnp.integer), f"{name}.dtype={tokens.dtype} must be an integer")
+    require(tokens.size, f"{name}.shape={tokens.shape} holds no token; give at least one a row")
+    if not isinstance(tokens, Tracer) and getattr(tokens, "is_fully_addressable", True):
+        values = np.asarray(tokens)  # not tokens.min(), which inside a jit that closes over them is traced
+        low, high = int(values.min()), int(values.max())
+        bad = low if low < 0 else high
+        require(low >= 0 and high < vocab_size, f"{name} holds id {bad}; the vocabulary is 0 … {vocab_size - 1}")
+    return tokens
 
 
 class Embed(nn.Module):
@@ -27,9 +47,10 @@ class Embed(nn.Module):
         self.table = self.param("table", init, (cfg.vocab_size, cfg.d_model))
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """The vectors of tokens, × √D if cfg.scale_embeddings. Ids must be in [0, V)."""
+        """The vectors of tokens, × √D if cfg.scale_embeddings. Inside `jit`, ids that are not in [0, V) go unseen."""
+        ids = check_tokens(tokens, cast(int, self.cfg.vocab_size))
         scale = self.cfg.d_model**0.5 if self.cfg.scale_embeddings else 1.0
-        rows = jax.tree.map(lambda leaf: gathered(leaf)[tokens], self.table)  # before the cast: of those alone
+        rows = jax.tree.map(lambda leaf: gathered(leaf)[ids], self.table)  # before the cast: of those alone
         return rows.astype(self.cfg.dtype) * jnp.asarray(scale, self.cfg.dtype)
 
     def logits(self, x: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
