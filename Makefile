@@ -1,10 +1,13 @@
 # make demo: train a character-level GPT on tiny Shakespeare and let it write. make test: everything that must hold.
+# make faults: kills, full disks, flipped bits, a soak of half an hour, as often as RESULTS.md says; hours.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 REFERENCE ?= yes# torch and transformers, the oracle of public weights; empty: without them, their tests are skipped
 
-.PHONY: demo test check stacks figures clean
+PYTEST = $(BIN)/python -m pytest -n $(or $(WORKERS),$(shell nproc 2>/dev/null || echo 2))
+
+.PHONY: demo test check faults shuffled figures clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python train.py gpt-shakespeare --run-dir runs/demo
@@ -17,7 +20,14 @@ demo: $(VENV)/.demo
 	@echo '  python train.py gpt-shakespeare --help'
 
 test: $(VENV)/.test $(if $(REFERENCE),$(VENV)/.reference)
-	$(BIN)/python -m pytest -n $(or $(WORKERS),$(shell nproc 2>/dev/null || echo 2))
+	$(PYTEST)
+
+faults: $(VENV)/.test
+	FAULTS=full $(PYTEST) tests/test_saver.py tests/test_edges.py tests/scripts/test_faults.py tests/scripts/test_resume.py
+	FAULTS=full $(BIN)/python -m pytest -s tests/scripts/test_soak.py
+
+shuffled: $(VENV)/.test # in another order each time; VENV=… for another stack
+	for seed in 1 2 3 4 5; do SHUFFLE=$$seed $(PYTEST) || exit; done
 
 check: $(VENV)/.test $(VENV)/.check
 	$(BIN)/ruff check .

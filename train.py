@@ -1,7 +1,11 @@
 """Train a Transformer: `python train.py gpt-shakespeare`. `python train.py --help` lists what else there is."""
+# ruff: noqa: E402
 
 import signal
 import sys
+
+if __name__ == "__main__":  # before modules load: Ctrl-C ends at once but between steps, where the first one saves
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from tx_jax.command_line import keep_compiled, keep_memory, one_line_errors, parse_run
 from tx_jax.processes import connect
@@ -21,6 +25,5 @@ def main(args: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the second Ctrl-C ends at once
     keep_memory()
     main(sys.argv[1:])

@@ -1,6 +1,7 @@
 """Eight CPU devices, and shapes checked as the code runs, for every test."""
 
 import os
+import random
 from importlib.metadata import version
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"  # before jax is imported
@@ -17,6 +18,14 @@ from jaxtyping import install_import_hook
 
 if os.environ.get("ANNOTATIONS") != "unchecked":
     install_import_hook("tx_jax", "beartype.beartype")
+
+
+def pytest_collection_modifyitems(items):
+    """In another order, by the number in SHUFFLE: files, and the tests of each."""
+    if seed := os.environ.get("SHUFFLE"):
+        draw = random.Random(seed)
+        files = {item.path: draw.random() for item in items}
+        items.sort(key=lambda item: (files[item.path], draw.random()))
 
 
 @pytest.fixture(scope="session")
