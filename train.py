@@ -1,5 +1,4 @@
 """Train a Transformer: `python train.py gpt-shakespeare`. `python train.py --help` lists what else there is."""
-# ruff: noqa: E402
 
 import signal
 import sys
