@@ -218,7 +218,7 @@ def test_a_full_disk_costs_one_save(tmp_path, capfd, caplog):
 
 def test_what_nobody_asks_about_is_raised(tmp_path):
     state, save = big_state(np.random.default_rng(0)), Saver(tmp_path, 2)
-    text = r"^step 2 is not saved in run_dir=.*: File too large; make room, and run the same command again$"
+    text = r"^step 2 is not saved in run_dir=.*: File too large; mend it, and run the same command again$"
     with no_larger_files(4096):
         save(2, state, DATA)
         with pytest.raises(CheckpointError, match=text):
@@ -236,3 +236,13 @@ def test_room_is_looked_for_before_a_save(tmp_path, monkeypatch):
         assert os.listdir(tmp_path / "checkpoints") == []
         why = save.failure()
     assert why == f"step 1 is not saved in run_dir='{tmp_path}': it needs 0.50 MB, and its disk has 0.30 left"
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_is_not_saved(tmp_path, bad):
+    state = make_state(1)
+    state.params["b"]["c"] = state.params["b"]["c"].at[3].set(bad)
+    with Saver(tmp_path, 2) as save:
+        save(1, state, DATA)
+        assert save.failure() == f"step 1 is not saved in run_dir='{tmp_path}': params/b/c is not finite"
+    assert saved_steps(tmp_path) == []

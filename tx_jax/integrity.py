@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PyTree, UInt32
+from jaxtyping import Array, Bool, PyTree, UInt32
 
 
 def sums(tree: PyTree) -> dict[str, str]:
@@ -30,6 +30,20 @@ def sums(tree: PyTree) -> dict[str, str]:
         return f"{kind(leaf)} {one:08x}{other:08x}"
 
     return {name: told(leaf) for name, leaf in leaves(tree).items()}
+
+
+def not_finite(tree: PyTree) -> list[str]:
+    """The paths of leaves that hold a NaN or an infinity.
+
+    >>> not_finite({"w": jnp.ones(2), "b": jnp.array([1, jnp.nan])})
+    ['b']
+    """
+    return [name for name, leaf in leaves(tree).items() if not jax.device_get(_finite(leaf))]  # in turn, as above
+
+
+@jax.jit
+def _finite(leaf: Array) -> Bool[Array, ""]:
+    return jnp.isfinite(leaf).all()
 
 
 def leaves(tree: PyTree) -> dict[str, Any]:

@@ -20,11 +20,11 @@ from jaxtyping import Array, PyTree
 
 from tx_jax.checkpoint import BASE, CheckpointError, RunDir, home_of, latest_step, parts_of, saved_data, saved_steps
 from tx_jax.errors import require
-from tx_jax.integrity import seal, sums
+from tx_jax.integrity import not_finite, seal, sums
 
 UNFINISHED = ".orbax-checkpoint-tmp"  # Orbax's suffix of what is not whole (orbax TMP_DIR_SUFFIX)
 REASONS = re.compile(r"No space left on device|Disk quota exceeded|File too large|Read-only file system")
-AGAIN = "; make room, and run the same command again"
+AGAIN = "; mend it, and run the same command again"
 
 
 class Saver:
@@ -86,8 +86,8 @@ class Saver:
         rule = f"step={step} is not after step {newest} in run_dir='{self.run_dir}'"
         require(newest is None or step > newest, f"{rule}; restore it, or use another --run-dir")
         self.step = step
-        if lacking := self._lacks(state):
-            self.untold = lacking
+        if why := self._refusal(state):
+            self.untold = f"step {step} is not saved in run_dir='{self.run_dir}': {why}"
             return
         # Orbax hangs at a NumPy scalar, and might read a NumPy array after its owner has changed it.
         state = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jnp.array(x), state)
@@ -135,16 +135,19 @@ class Saver:
         if "valid_loss" in data:
             self.losses[step] = data["valid_loss"]
 
-    def _lacks(self, state: Any) -> str | None:
-        """What is wrong if the disk has less room than the state would take."""
+    def _refusal(self, state: Any) -> str | None:
+        """Why a state is not to be saved: it is not finite, or its disk has less room than it would take."""
+        bad = not_finite(state.params)
         home = home_of(self.run_dir)
         home.mkdir(parents=True, exist_ok=True)
         needed, free = sum(leaf.nbytes for leaf in jax.tree.leaves(state)), shutil.disk_usage(home).free
         lacks = free < needed
         if jax.process_count() > 1:
             lacks = bool(multihost_utils.process_allgather(jnp.int32(lacks)).max())
-        rule = f"step {self.step} is not saved in run_dir='{self.run_dir}': it needs"
-        return f"{rule} {needed / 1e6:,.2f} MB, and its disk has {free / 1e6:,.2f} left" if lacks else None
+        if bad:
+            return f"params/{bad[0]} is not finite"
+        room = f"it needs {needed / 1e6:,.2f} MB, and its disk has {free / 1e6:,.2f} left"
+        return room if lacks else None
 
     def _tidy(self) -> None:
         """Remove steps that are not to stay, and what a kill or a full disk left unfinished."""

@@ -163,7 +163,7 @@ def test_without_room_a_run_goes_on(run, train, tiny, tmp_path, capsys, monkeypa
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING")]
     assert len(told) == 2
     assert told[0].startswith(f"WARNING: step 20 is not saved in run_dir='{run_dir}': it needs 0.04 MB")
-    assert told[0].endswith(" 0.00 left. The run goes on, and saves as soon as there is room")
+    assert told[0].endswith(" 0.00 left. The run goes on, and tries again")
     assert "WARNING: step 25 is not saved" in told[1]  # it is told, and tried again, with the next report
     assert saved_steps(run_dir) == [30, 40]
     assert_same_run(run_dir, run)

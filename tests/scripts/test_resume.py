@@ -140,6 +140,7 @@ MISMATCHES = {  # flag: what the run was begun with, and what it is now
     "--train.ema-rate 0.9": "train.ema_rate=0.0, not 0.9",
     "--train.ema-rate 0.9 --change train.ema-rate": "error: ema/embed/table is absent in ",
     "--optim.moment-dtype bfloat16 --change optim.moment-dtype": "mu/embed/table is float32[15, 16] in ",
+    "--train.n-steps 30 --change train.n-steps": "train.n_steps=30 is before step 40, up to which run_dir='",
     "--model.n-heads 4 --change model.n-heads": "change='model.n-heads' names model.n_heads, which is no field that",
     "--change optim.peak": "change='optim.peak' names optim.peak, which is no field that a run may change; such",
 }  # fmt: skip

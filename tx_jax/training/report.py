@@ -209,7 +209,7 @@ class Report:
     def unsaved(self, step: int, why: str) -> None:
         """A checkpoint that could not be written."""
         self.write(step, {"unsaved": why})
-        self.line(f"WARNING: {why}. The run goes on, and saves as soon as there is room")
+        self.line(f"WARNING: {why}. The run goes on, and tries again")
 
     @contextlib.contextmanager
     def pause(self, metrics: Metrics) -> Iterator[None]:

@@ -30,7 +30,7 @@ def find_step(run_dir: Path, cfg: RunConfig, tokenizer: AnyTokenizer) -> int:
     remedy = "use another --run-dir, or its text, --data.tokenizer and --init"
     require(held in (None, tokenizer), f"{rule}: of SHA-256 {then[:8]}…, not {now[:8]}…; {remedy}")
     check_run_dir(run_dir, cfg)
-    newest, how = checkpoint.latest_step(run_dir), cfg.resume
+    newest, how, end = checkpoint.latest_step(run_dir), cfg.resume, cfg.train.n_steps
     if how.isdecimal():
         require(int(how), f"resume={how!r} is before the first step; use another --run-dir to begin anew")
         return int(checkpoint.step_dir(run_dir, int(how)).name)
@@ -38,6 +38,8 @@ def find_step(run_dir: Path, cfg: RunConfig, tokenizer: AnyTokenizer) -> int:
     require(how != "never" or newest is None, f"{rule}; use another --run-dir")
     rule = f"resume='must', but run_dir='{run_dir}' holds no checkpoint"
     require(how != "must" or newest is not None, f"{rule}; give the --run-dir of a run, or leave out --resume")
+    rule = f"train.n_steps={end} is before step {newest}, up to which run_dir='{run_dir}' has come"
+    require(newest is None or newest <= end, f"{rule}; give more, or --resume an earlier step")
     return newest or 0
 
 
