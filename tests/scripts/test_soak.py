@@ -46,9 +46,7 @@ def test_soak(tiny, tmp_path):
     tenth = len(found) // 10
     before, after = (statistics.median(memory for memory, _ in part) for part in (found[:tenth], found[-tenth:]))
     files, more = (min(n for _, n in part) for part in (found[: 3 * tenth], found[-3 * tenth :]))  # between two saves
-    steps = saved_steps(tmp_path / "run")[-1]
-    print(f"{steps} steps, {SECONDS} s: from {before / 1024:.0f} MiB to {after / 1024:.0f}, from {files} files to {more}")
-        f"{saved_steps(tmp_path / 'run')[-1]} steps: {before / 1024:.0f} MiB, {files} files; after {SECONDS} s {after / 1024:.0f} MiB, {more} files"
-    )
+    steps, found = saved_steps(tmp_path / "run")[-1], f"from {before / 1024:.0f} MiB to {after / 1024:.0f}"
+    print(f"{steps} steps in {SECONDS} s: {found}, from {files} files to {more}")
     assert after <= before * (1.05 if FULL else 1.2)
     assert more <= files
