@@ -36,6 +36,10 @@ DAMAGED = "{} cannot be read: its metadata is damaged; " + EARLIER
 class CheckpointError(InputError):
     """A checkpoint is not what was saved: cut, changed or lost in part."""
 
+    def instead(self, remedy: str) -> "CheckpointError":
+        """The same fault with another remedy."""
+        return CheckpointError(f"{str(self).rpartition('; ')[0]}; {remedy}")
+
 
 def latest_step(run_dir: RunDir) -> int | None:
     """The newest step; None if there is none."""
@@ -102,8 +106,12 @@ def restore_base(run_dir: RunDir, abstract_params: PyTree) -> PyTree[Array]:
     Raises:
         InputError: as `restore`.
     """
-    none = not jax.tree.leaves(abstract_params)
-    return abstract_params if none else restore_params(pathlib.Path(run_dir) / BASE, abstract_params)
+    if not jax.tree.leaves(abstract_params):
+        return abstract_params
+    try:
+        return restore_params(pathlib.Path(run_dir) / BASE, abstract_params)
+    except CheckpointError as error:
+        raise error.instead("bring it back: the adapters are nothing without it") from None
 
 
 def saved_data(run_dir: RunDir, step: int | None = None) -> dict[str, Any]:

@@ -71,6 +71,7 @@ class Report:
         self.tested = any(row["step"] == cfg.train.n_steps and "test_" in str(row) for row in rows)  # by a run before
         files = ("metrics.jsonl", "samples.txt")
         self.metrics, self.samples = (_Lines(Path(os.devnull) if self.quiet else self.run_dir / name) for name in files)
+        self.metrics.path.touch()
         self.since, self.done = time.perf_counter(), step  # of the speed being measured
 
     def __enter__(self) -> "Report":
@@ -232,11 +233,10 @@ class _Lines:
 
     def __init__(self, path: Path):
         self.path, self.waiting = path, ""
-        path.touch()
 
     def add(self, text: str) -> None:
         self.waiting += text
-        size = self.path.stat().st_size
+        size = self.path.stat().st_size if self.path.exists() else 0
         with unless_full():
             try:
                 with self.path.open("a", encoding="utf-8") as file:

@@ -79,8 +79,10 @@ def resume(
             break
         except checkpoint.CheckpointError as error:
             earlier = [other for other in checkpoint.saved_steps(run_dir) if 0 < other < step]
-            if cfg.resume.isdecimal() or jax.process_count() > 1 or not earlier:
+            if cfg.resume.isdecimal() or jax.process_count() > 1:
                 raise
+            if not earlier:
+                raise error.instead("no earlier one is whole; use another --run-dir to begin anew") from None
             _say(f"WARNING: {error}. The run goes on after step {earlier[-1]} if that is whole")
             step = earlier[-1]
     anew = _check_same(run_dir, cfg, saved, now)
@@ -107,8 +109,10 @@ def _check_same(run_dir: Path, cfg: RunConfig, saved: dict[str, Any], now: dict[
     old = check_fields(f"run_dir='{run_dir}' has a checkpoint of a run", saved.get("config", {}), cfg, changes)
     for name, value in old.items():
         _say(f"{name} is {now['config'][name]!r} from here on, and was {value!r}")
-    of_order = [name for name in old if name.startswith(("data.", "train.seed")) and name not in TEXTS]
-    return held != text or bool(of_order)
+    anew = held != text or any(name.startswith(("data.", "train.seed")) and name not in TEXTS for name in old)
+    if anew:
+        _say("the data begin at their first batch")
+    return anew
 
 
 def _say(text: str) -> None:
