@@ -216,6 +216,22 @@ def test_a_full_disk_costs_one_save(tmp_path, capfd, caplog):
     assert not [record for record in caplog.records if record.levelno > logging.INFO]
 
 
+def test_a_disk_that_stays_full(tmp_path, capfd):
+    """Of many arrays some are still being written when the first has failed."""
+    rng = np.random.default_rng(0)
+    state = make_state(1)._replace(
+        params={f"{i}": jnp.asarray(rng.normal(size=(64, 64)), "float32") for i in range(90)}
+    )
+    with Saver(tmp_path, 1) as save, no_larger_files(100_000):
+        for step in trials(6, 200):
+            save(step, state, DATA)
+            assert str(save.failure(wait=True)).endswith("File too large")
+    with Saver(tmp_path, 1) as save:
+        save(999, state, DATA)
+    assert os.listdir(tmp_path / "checkpoints") == ["999"]
+    assert capfd.readouterr().err == ""
+
+
 def test_what_nobody_asks_about_is_raised(tmp_path):
     state, save = big_state(np.random.default_rng(0)), Saver(tmp_path, 2)
     text = r"^step 2 is not saved in run_dir=.*: File too large; mend it, and run the same command again$"

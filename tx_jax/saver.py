@@ -11,6 +11,7 @@ import math
 import pathlib
 import re
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -53,7 +54,9 @@ class Saver:
             keep_best: so does the one of the least `data["valid_loss"]`.
         """
         self.run_dir, self.keep, self.keep_every, self.keep_best = run_dir, keep, keep_every, keep_best
-        self.step, self.pending = 0, None  # of the last save, while it is being written
+        self.step = 0  # of the last save
+        self.pending: Future[None] | None = None  # while it is being written
+        self.waiter = ThreadPoolExecutor(1)
         self.untold: str | None = None
         self.losses: dict[int, float] = {}
 
@@ -68,6 +71,7 @@ class Saver:
 
     def __exit__(self, kind: Any, *_: object) -> None:
         failed = self.failure(wait=True)
+        self.waiter.shutdown()
         logging.getLogger("absl").setLevel(self.level)
         if failed and kind is None:
             raise CheckpointError(failed + AGAIN)
@@ -86,6 +90,7 @@ class Saver:
         rule = f"step={step} is not after step {newest} in run_dir='{self.run_dir}'"
         require(newest is None or step > newest, f"{rule}; restore it, or use another --run-dir")
         self.step = step
+        self._tidy()
         if why := self._refusal(state):
             self.untold = f"step {step} is not saved in run_dir='{self.run_dir}': {why}"
             return
@@ -97,7 +102,8 @@ class Saver:
         about = seal({"data": copied, "sums": sums(parts)})
         self._note(step, copied)
         try:
-            self.pending = ocp.save_checkpointables_async(path, parts, custom_metadata=about)
+            writing = ocp.save_checkpointables_async(path, parts, custom_metadata=about)
+            self.pending = self.waiter.submit(writing.result)  # whose result(timeout=0) may end what is not done
         except OSError as error:
             self._failed(error)
 
@@ -111,21 +117,15 @@ class Saver:
 
         Of many processes each waits for the others, so that it is known when all wait.
         """
-        if self.pending is not None and (wait or jax.process_count() == 1):
-            try:
-                self.pending.result(None if wait else 0)
-            except TimeoutError:
-                if wait:
-                    raise
-                return None
-            except Exception as error:  # of any kind: Orbax has many for what a disk does
+        if self.pending is not None and (wait or (self.pending.done() and jax.process_count() == 1)):
+            if error := self.pending.exception():
                 self._failed(error)
             self.pending = None
             self._tidy()
         told, self.untold = self.untold, None
         return told
 
-    def _failed(self, error: Exception) -> None:
+    def _failed(self, error: BaseException) -> None:
         found = REASONS.search(str(error))
         why = found[0] if found else f"{type(error).__name__}: {' '.join(str(error).split()):.160}"
         self.untold = f"step {self.step} is not saved in run_dir='{self.run_dir}': {why}"
@@ -162,7 +162,7 @@ class Saver:
             path = home / str(step)
             path.rename(f"{path}{UNFINISHED}")  # a kill during the removal must not leave half a step under its name
         for path in home.glob(f"*{UNFINISHED}"):
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)  # where a failed save is still writing, the next time
 
 
 class _Base(NamedTuple):
