@@ -165,6 +165,8 @@ def take_steps(run: Run, report: Report, step: int, state: TrainState, stop: Sto
             best = train.keep_best and found.get("valid_loss", math.inf) < save.best
             if due(step, train.save_every) or last or best or (unsaved and logs):
                 report.look()
+                if report.n_in_a_row and not last:  # what is saved would push out what is from before
+                    continue
                 with report.pause(metrics):
                     data = {"batches": batches.get_state()} | about | found
                     failed(wait=True)  # the save before this one
