@@ -192,8 +192,9 @@ def test_what_may_change_on_purpose(run, train, tiny, again, others, capsys):
 
 def test_the_best_checkpoint_stays(train, sample, tiny, tmp_path, capsys):
     run_dir = tmp_path / "run"
-    more = "--optim.peak-lr 0.3 --train.eval-every 2 --train.save-every 0 --train.keep 1 --train.keep-best"
-    train([*tiny, *more.split(), "--run-dir", str(run_dir)])
+    worse = "--optim.peak-lr 10 --optim.warmup-steps 40"  # from step to step
+    more = "--train.eval-every 2 --train.save-every 0 --train.keep 1 --train.keep-best"
+    train([*tiny, *worse.split(), *more.split(), "--run-dir", str(run_dir)])
     losses = {row["step"]: row["valid_loss"] for row in records(run_dir) if "valid_loss" in row}
     best = min(losses, key=lambda step: losses[step])
     assert best < 40
