@@ -150,7 +150,7 @@ def test_refuses_params_of_another_model(tmp_path):
 
 
 def test_refuses_steps(tmp_path):
-    with refuses(f"run_dir='{tmp_path}' holds no checkpoint; train with --run-dir {tmp_path} first"):
+    with refuses(f"run_dir='{tmp_path}' holds no checkpoint; train with --run-dir {tmp_path} up to a save"):
         restore(tmp_path, make_state())
     put(tmp_path, 5, 10)
     with refuses(f"step=7 is not in run_dir='{tmp_path}'; it has 5, 10"):
@@ -173,7 +173,7 @@ def test_refuses_damage(tmp_path, caplog, victim, damage):
         damage(file)
     with refuses(f"{path} cannot be read: ") as refusal:
         restore_params(tmp_path, params)
-    assert str(refusal.value).endswith("; remove it to go back to an earlier step")
+    assert str(refusal.value).endswith("; take an earlier step, by --resume or --step")
     assert not caplog.records  # nothing on the terminal but the refusal
 
 

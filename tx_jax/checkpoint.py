@@ -28,7 +28,7 @@ from tx_jax.integrity import is_sealed, kind, leaves, sums
 RunDir = str | os.PathLike[str]
 BASE = "base"  # in a run directory: the parameters that adapters are beside, as the step 0 of a run of its own
 ASIDE = ".aside"  # suffix of a step that a run has left for an earlier one
-EARLIER = "remove it to go back to an earlier step"
+EARLIER = "take an earlier step, by --resume or --step"
 LEAF = re.compile(r'"([^"/]+)/(?:c/[\d/]*|zarr\.json)"')  # of which tensorstore says that it cannot be read
 DAMAGED = "{} cannot be read: its metadata is damaged; " + EARLIER
 
@@ -199,10 +199,11 @@ def _one_line(path: pathlib.Path) -> Iterator[None]:
         if getattr(error, "errno", None) in (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE):
             raise
         leaf = LEAF.search(str(error))
-        what = type(error).__name__ + (f" at {leaf[1].replace('.', '/')}" if leaf else "")
+        what = "a file of it" if leaf is None else leaf[1].replace(".", "/")
         error.__traceback__ = None  # which holds those other reads
         gc.collect()
-        raise CheckpointError(f"{path} cannot be read: {what}; {EARLIER}") from None
+        why = f"{what} is lost or damaged ({type(error).__name__})"
+        raise CheckpointError(f"{path} cannot be read: {why}; {EARLIER}") from None
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
@@ -225,7 +226,7 @@ def step_dir(run_dir: RunDir, step: int | None) -> pathlib.Path:
         InputError: there is no such checkpoint.
     """
     steps = saved_steps(run_dir)
-    require(steps, f"run_dir='{run_dir}' holds no checkpoint; train with --run-dir {run_dir} first")
+    require(steps, f"run_dir='{run_dir}' holds no checkpoint; train with --run-dir {run_dir} up to a save")
     step = steps[-1] if step is None else step
     require(step in steps, f"step={step} is not in run_dir='{run_dir}'; it has {', '.join(map(str, steps))}")
     return home_of(run_dir) / str(step)

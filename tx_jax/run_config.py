@@ -141,6 +141,8 @@ class TrainConfig:
         most = self.max_skipped
         require(most >= 1, f"max_skipped={most} must be at least 1, to give up at the first step that is not finite")
         require(self.keep >= 1, f"keep={self.keep} must be at least 1, the newest checkpoint")
+        rule = "keep_best needs a validation loss, which eval_every=0 never takes"
+        require(self.eval_every or not self.keep_best, f"{rule}; give --train.eval-every 500, or leave it out")
         mean, keep = self.n_averaged, self.keep
         require(mean <= keep, f"n_averaged={mean} exceeds keep={keep}, the checkpoints there are; raise --train.keep")
         require(
@@ -250,7 +252,8 @@ class RunConfig:
             part, _, field = name.partition(".")
             known = CHANGEABLE.fullmatch(name) and hasattr(getattr(self, part), field)
             rule = f"change={self.change!r} names {name}, which is no field that a run may change"
-            require(known, f"{rule}; such are optim.peak-lr, data.batch-size, train.n-steps")
+            may = "optim.*, train.*, model.dropout-rate and, but for tokenizer, vocab-size and objective, data.*"
+            require(known, f"{rule}; those are {may}")
         how = self.resume
         known = how in ("auto", "never", "must") or (how.isascii() and how.isdecimal())
         require(known, f"resume={how!r} is none of auto, never, must, nor the step of a checkpoint")

@@ -61,10 +61,15 @@ def locked(run_dir: RunDir) -> Iterator[int]:
     path = pathlib.Path(run_dir)
     _is_used(path)
     is_new = not path.exists()
-    with _lock_file(path) as file:
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+    with contextlib.ExitStack() as held:
+        try:
+            file = held.enter_context(_lock_file(path))
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+        except OSError as error:
+            rule = f"run_dir='{path}' cannot be written to ({error.strerror})"
+            raise InputError(f"{rule}; make room and give rights there, or {ANOTHER}") from None
         try:
             yield os.getpid()
         finally:

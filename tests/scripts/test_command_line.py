@@ -48,6 +48,8 @@ TRAIN = {  # flags after those of the small run: what the message says, value an
     "--optim.schedule cosin": "invalid choice 'cosin' for argument '--optim.schedule'. Expected one of ('constant',",
     "--model.n-heads": "Missing value for argument '--model.n-heads'. Expected 1 values; see train.py",
     "--optim.beta1 nan": "beta1=nan must be a finite number",
+    "--train.keep-best --train.eval-every 0": "keep_best needs a validation loss, which eval_every=0 never takes; give",
+    "--run-dir {bad}/short.txt/run": "short.txt/run' cannot be written to (Not a directory); make room and give rights",
 }  # fmt: skip
 FIRST = {  # the first word: what the message says
     "gpt-shakespere": "preset='gpt-shakespere' is not one of {presets}; did you mean 'gpt-shakespeare'?",
@@ -115,7 +117,7 @@ SAMPLE = {
     "{run} --interactive": "--interactive is for a model with a chat template, without --raw",
     "{run} --interactive --prompt a": "--interactive reads what you type, not --prompt; leave one out",
     "{run} --system be --prompt a": "--system is for a model with a chat template, without --raw",
-    "{bad}/untrained": "run_dir='{bad}/untrained' holds no checkpoint; train with --run-dir {bad}/untrained first",
+    "{bad}/untrained": "run_dir='{bad}/untrained' holds no checkpoint; train with --run-dir {bad}/untrained up to a",
     "{run} --temprature 1": "Unrecognized options: --temprature, 1; did you mean --temperature?",
     "{run} --top-k 1.5": "could be instantiated from ['1.5']; see sample.py --help",
     "": "Missing from sample.py: MODEL a run directory of train.py, a Hugging Face directory, a GGUF file, smollm2, or",

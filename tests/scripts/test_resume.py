@@ -1,6 +1,7 @@
 """A run goes on bit for bit after signals, kills and damage, and only one process at a time writes to it."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -72,7 +73,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_taken(run, train, 
     out, err = capsys.readouterr()
     warning, aside = err.splitlines()
     assert warning.startswith("WARNING: ")
-    assert warning.endswith(". The run goes on after step 20 if that is whole")
+    assert warning.endswith("its bits are not those saved; the run goes on after step 20 if that is whole")
     assert aside == f"step 40 is set aside as {again}/checkpoints/40.aside"
     assert "continuing after step 20 of 40" in out
     assert_same_params(run, again)
@@ -92,13 +93,23 @@ def test_a_damaged_checkpoint_that_is_asked_for_is_refused(train, again, capsys)
     assert saved_steps(again) == [20, 40]
 
 
+def test_a_log_without_checkpoints_begins_anew_and_says_so(run, train, again, capsys):
+    shutil.rmtree(again / "checkpoints")
+    train([str(again / "config.json"), "--run-dir", str(again)])
+    assert capsys.readouterr().err == (f"WARNING: run_dir='{again}' has a log but no checkpoint: the run begins anew\n")
+    assert_same_params(run, again)
+
+
 def test_from_a_step_later_ones_are_set_aside(run, train, again, capsys):
     config = str(again / "config.json")
+    samples = (again / "samples.txt").read_text()
+    assert samples.count("=== step") == 1
     train([config, "--run-dir", str(again), "--resume", "20"])
     out, err = capsys.readouterr()
     assert err == f"step 40 is set aside as {again}/checkpoints/40.aside\n"
     assert "continuing after step 20 of 40" in out
     assert_same_params(run, again)
+    assert (again / "samples.txt").read_text() == samples  # and not twice
     assert json.loads((again / "config.json").read_text())["resume"] == "auto"
     text = refused(train, capsys, config, "--run-dir", again, "--resume", "30")
     assert text == f"error: step=30 is not in run_dir='{again}'; it has 20, 40\n"
@@ -146,7 +157,7 @@ MISMATCHES = {  # flag: what the run was begun with, and what it is now
     "--optim.moment-dtype bfloat16 --change optim.moment-dtype": "mu/embed/table is float32[15, 16] in ",
     "--train.n-steps 30 --change train.n-steps": "train.n_steps=30 is before step 40, up to which run_dir='",
     "--model.n-heads 4 --change model.n-heads": "change='model.n-heads' names model.n_heads, which is no field that",
-    "--change optim.peak": "change='optim.peak' names optim.peak, which is no field that a run may change; such",
+    "--change optim.peak": "change='optim.peak' names optim.peak, which is no field that a run may change; those are",
 }  # fmt: skip
 
 
@@ -210,7 +221,9 @@ def test_the_best_checkpoint_stays(train, sample, tiny, tmp_path, capsys):
 def test_other_data_begin_anew(run, train, tiny, again, others, capsys):
     to = ["--train.n-steps", "42", "--data.path", str(others["same_letters"]), "--run-dir", str(again)]
     train([*tiny, *to, "--train.log-every", "1", "--change", "data.path,train.n-steps"])
-    assert capsys.readouterr().err.endswith("the data begin at their first batch\n")
+    *_, text, anew = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"the text is that of SHA-256 \w{8}… from here on, and was that of \w{8}…", text)
+    assert anew == "the data begin at their first batch"
     fresh = again.parent / "fresh"
     train([*tiny, *to, "--run-dir", str(fresh), "--train.n-steps", "2", "--train.save-every", "1"])
     one, two = (saved_data(path)["batches"] for path in (again, fresh))
@@ -255,7 +268,10 @@ def test_a_run_that_is_not_finite_gives_up_with_what_is_saved_finite(train, tiny
     run_dir = tmp_path / "run"
     flags = ["--optim.peak-lr", "1e30", "--train.log-every", "4", "--train.save-every", "2", "--train.max-skipped", "6"]
     text = refused(train, capsys, *tiny, *flags, "--run-dir", run_dir)
-    assert text.startswith("error: 6 steps in a row, to step 8, had a loss or gradient that is not finite; lower ")
+    assert text == (
+        "error: 6 steps in a row, 3 to 8, had a loss or gradient that is not finite; "
+        "--resume 2, or an earlier step, with a lower --optim.peak-lr and --change optim.peak-lr\n"
+    )
     assert saved_steps(run_dir) == [2]  # and none of those that were skipped
     params = load_pretrained(run_dir).params
     assert all(bool(np.isfinite(leaf).all()) for leaf in jax.tree.leaves(params))

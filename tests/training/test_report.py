@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import pytest
 
 from tx_jax.config import ModelConfig
-from tx_jax.run_config import RunConfig
+from tx_jax.errors import InputError
+from tx_jax.run_config import RunConfig, TrainConfig
 from tx_jax.training.report import Report, _Lines, unless_full
 from tx_jax.training.step import Metrics
 
@@ -41,6 +42,23 @@ def test_spikes_and_skipped_steps_are_told_by_their_step(tmp_path, capsys):
         assert rows(tmp_path) == [spike, skipped]
         report.training(104, metrics(2.0), lambda n_updates: n_updates / 1000)
     assert rows(tmp_path)[-1]["lr"] == 0.102
+
+
+def test_skipped_steps_are_counted_across_a_restart(tmp_path, capsys):
+    cfg = RunConfig(run_dir=str(tmp_path), model=ModelConfig(vocab_size=9), train=TrainConfig(max_skipped=4))
+    with Report(cfg, 0, 1) as report:
+        for step in range(1, 6):
+            report.took(step, metrics(2.0, skipped=step != 2))
+        report.look()
+        report.end(5, stopped=True)
+    assert "WARNING: the last 3 steps were skipped; an earlier checkpoint may be better\n" in capsys.readouterr().out
+    gives_up = r"^4 steps in a row, 3 to 6, had a loss .* not finite; use another --run-dir with a lower --optim"
+    with Report(cfg, 5, 1) as report:
+        report.took(6, metrics(2.0, skipped=True))
+        with pytest.raises(InputError, match=gives_up):
+            report.look()
+    with Report(cfg, 1, 1) as report:  # further back
+        assert (report.n_skipped, report.n_in_a_row) == (1, 1)
 
 
 def test_lines_wait_for_room(tmp_path):

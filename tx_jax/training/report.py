@@ -5,6 +5,7 @@ import errno
 import json
 import math
 import os
+import re
 import resource
 import statistics
 import sys
@@ -18,9 +19,10 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from tx_jax.errors import require
+from tx_jax.checkpoint import saved_steps
+from tx_jax.errors import InputError
 from tx_jax.models import count_params
-from tx_jax.processes import is_first
+from tx_jax.processes import first_says, is_first
 from tx_jax.run_config import RunConfig
 from tx_jax.training.peaks import peak_flops
 from tx_jax.training.step import Metrics
@@ -49,7 +51,6 @@ class Report:
         self.n_tokens, self.flops, self.waited = 0, 0.0, 0.0  # since the last report
         self.unread: list[tuple[int, Metrics]] = []  # steps that were taken since then
         self.losses: deque[float] = deque(maxlen=UNREAD)
-        self.n_in_a_row = 0  # of steps skipped
         self.quiet = not is_first()  # that process speaks for all
         self.console = Console(
             quiet=self.quiet, highlight=False, soft_wrap=True, force_jupyter=False
@@ -66,8 +67,10 @@ class Report:
         self.bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
         self.task = self.bar.add_task("compiling …", total=cfg.train.n_steps, completed=step)
         self.tracing: int | None = None  # the first step of a trace that is being taken
-        rows = [] if self.quiet else _cut(self.run_dir / "metrics.jsonl", step)
-        self.n_skipped = sum("skipped" in row for row in rows)
+        rows = [] if self.quiet else _cut(self.run_dir, step)
+        skipped = {row["step"] for row in rows if "skipped" in row}
+        self.n_skipped = first_says(lambda: len(skipped))
+        self.n_in_a_row = first_says(lambda: next(n for n in range(step + 1) if step - n not in skipped))
         self.tested = any(row["step"] == cfg.train.n_steps and "test_" in str(row) for row in rows)  # by a run before
         files = ("metrics.jsonl", "samples.txt")
         self.metrics, self.samples = (_Lines(Path(os.devnull) if self.quiet else self.run_dir / name) for name in files)
@@ -142,10 +145,16 @@ class Report:
                 self.line(f"step {step:>5}  spike: loss {metrics.loss:.4f}, where {usual:.4f} is usual")
             if not metrics.skipped:
                 self.losses.append(float(metrics.loss))
-            rule = f"{self.n_in_a_row} steps in a row, to step {step}, had a loss or gradient that is not finite"
-            remedy = "lower --optim.peak-lr, or --resume an earlier step; all that is saved is finite"
-            require(self.n_in_a_row < self.cfg.train.max_skipped, f"{rule}; {remedy}")
+            self._give_up(step)
         self.unread.clear()
+
+    def _give_up(self, step: int) -> None:
+        n = self.n_in_a_row
+        if n >= self.cfg.train.max_skipped:
+            before = [saved for saved in saved_steps(self.run_dir) if saved <= step - n]
+            back = f"--resume {before[-1]}, or an earlier step," if before else "use another --run-dir"
+            rule = f"{n} steps in a row, {step - n + 1} to {step}, had a loss or gradient that is not finite"
+            raise InputError(f"{rule}; {back} with a lower --optim.peak-lr and --change optim.peak-lr")
 
     def training(self, step: int, metrics: Metrics, schedule: Callable[[int], Any]) -> None:
         """The last training step, and the speed since the last report."""
@@ -201,6 +210,8 @@ class Report:
         """Where the run stands, and what to do next."""
         without = "" if self.cfg.resume in ("auto", "must") else ", without --resume,"
         again = f"stopped and saved; the same command{without} goes on from here" if stopped else "done"
+        if self.n_in_a_row:
+            self.line(f"WARNING: the last {self.n_in_a_row} steps were skipped; an earlier checkpoint may be better")
         self.line(f"step {step:>5}  {again}. To sample: python sample.py {self.run_dir}")
 
     def write(self, step: int, values: dict[str, Any]) -> None:
@@ -258,8 +269,13 @@ def unless_full() -> Iterator[None]:
             raise
 
 
-def _cut(path: Path, step: int) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl, which it keeps, up to `step`: later steps will be taken again."""
+def _cut(run_dir: Path, step: int) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl, which it and samples.txt keep, up to `step`: later steps will be taken again."""
+    path, samples = run_dir / "metrics.jsonl", run_dir / "samples.txt"
+    if samples.exists():
+        heads = re.finditer(rb"^=== step (\d+)$", samples.read_bytes(), re.MULTILINE)
+        ends = [head.start() for head in heads if int(head[1]) > step]
+        os.truncate(samples, min(ends, default=samples.stat().st_size))
     if not path.exists():
         return []
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]

@@ -40,6 +40,8 @@ def find_step(run_dir: Path, cfg: RunConfig, tokenizer: AnyTokenizer) -> int:
     require(how != "must" or newest is not None, f"{rule}; give the --run-dir of a run, or leave out --resume")
     rule = f"train.n_steps={end} is before step {newest}, up to which run_dir='{run_dir}' has come"
     require(newest is None or newest <= end, f"{rule}; give more, or --resume an earlier step")
+    if newest is None and (run_dir / "metrics.jsonl").exists():
+        _say(f"WARNING: run_dir='{run_dir}' has a log but no checkpoint: the run begins anew")
     return newest or 0
 
 
@@ -83,7 +85,7 @@ def resume(
                 raise
             if not earlier:
                 raise error.instead("no earlier one is whole; use another --run-dir to begin anew") from None
-            _say(f"WARNING: {error}. The run goes on after step {earlier[-1]} if that is whole")
+            _say(f"WARNING: {error.instead(f'the run goes on after step {earlier[-1]} if that is whole')}")
             step = earlier[-1]
     anew = _check_same(run_dir, cfg, saved, now)
     for later in [other for other in checkpoint.saved_steps(run_dir) if other > step and is_first()]:
@@ -108,7 +110,11 @@ def _check_same(run_dir: Path, cfg: RunConfig, saved: dict[str, Any], now: dict[
     require(then == words, f"{rule}; bring tokenizer/ back, or use another --run-dir")
     old = check_fields(f"run_dir='{run_dir}' has a checkpoint of a run", saved.get("config", {}), cfg, changes)
     for name, value in old.items():
-        _say(f"{name} is {now['config'][name]!r} from here on, and was {value!r}")
+        ends = name == "train.n_steps" and cfg.optim.schedule != "constant"
+        also = f"; its {cfg.optim.schedule} schedule ends there, too" if ends else ""
+        _say(f"{name} is {now['config'][name]!r} from here on, and was {value!r}{also}")
+    if held != text:
+        _say(f"the text is that of SHA-256 {text[:8]}… from here on, and was that of {held[:8]}…")
     anew = held != text or any(name.startswith(("data.", "train.seed")) and name not in TEXTS for name in old)
     if anew:
         _say("the data begin at their first batch")
