@@ -10,6 +10,7 @@ import functools
 import gc
 import itertools
 import logging
+import math
 import os
 import pathlib
 import re
@@ -110,8 +111,8 @@ def restore_base(run_dir: RunDir, abstract_params: PyTree) -> PyTree[Array]:
         return abstract_params
     try:
         return restore_params(pathlib.Path(run_dir) / BASE, abstract_params)
-    except CheckpointError as error:
-        raise error.instead("bring it back: the adapters are nothing without it") from None
+    except InputError as error:  # such as that there is none
+        raise CheckpointError(str(error)).instead("bring it back: the adapters are nothing without it") from None
 
 
 def saved_data(run_dir: RunDir, step: int | None = None) -> dict[str, Any]:
@@ -124,16 +125,24 @@ def saved_data(run_dir: RunDir, step: int | None = None) -> dict[str, Any]:
 
 
 def best_step(run_dir: RunDir) -> int:
-    """The step whose checkpoint has the least validation loss.
+    """The first step of the least validation loss, of those that were saved when they were evaluated.
 
     Raises:
         InputError: none has one.
     """
-    found = {step: saved_data(run_dir, step).get("valid_loss") for step in saved_steps(run_dir)}
-    losses = {step: loss for step, loss in found.items() if loss is not None}
+    losses = valid_losses(run_dir)
     rule = f"run_dir='{run_dir}' has no checkpoint of a step that was evaluated"
     require(losses, f"{rule}; train with --train.keep-best, or give a step")
     return min(losses, key=lambda step: losses[step])
+
+
+def valid_losses(run_dir: RunDir) -> dict[int, float]:
+    """The validation losses of the checkpoints that have a finite one, and can be read, by step, in order."""
+    found = {}
+    for step in saved_steps(run_dir):
+        with contextlib.suppress(CheckpointError):
+            found[step] = saved_data(run_dir, step).get("valid_loss", math.nan)
+    return {step: loss for step, loss in found.items() if math.isfinite(loss)}
 
 
 def _about(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any], bool]:

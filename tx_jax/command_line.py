@@ -172,6 +172,7 @@ def _read(path: Path) -> RunConfig:
     require(path.suffix == ".json", f"preset={str(path)!r} is not one of {', '.join(RUNS)}; {hint}")
     require(path.is_file(), f"config={str(path)!r} does not exist; give a config.json, or one of {', '.join(RUNS)}")
     try:
-        return from_json(RunConfig, path.read_text(encoding="utf-8"))
+        cfg = from_json(RunConfig, path.read_text(encoding="utf-8"))
+        return dataclasses.replace(cfg, change=None)  # what that run was allowed is not so for all that is to come
     except (InputError, UnicodeDecodeError) as error:
         raise InputError(f"config={str(path)!r} cannot be read: {error}; mend it, or give a preset") from error

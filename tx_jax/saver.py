@@ -19,12 +19,16 @@ import jax.numpy as jnp
 from jax.experimental import multihost_utils
 from jaxtyping import Array, PyTree
 
-from tx_jax.checkpoint import BASE, CheckpointError, RunDir, home_of, latest_step, parts_of, saved_data, saved_steps
+from tx_jax.checkpoint import BASE, CheckpointError, RunDir, home_of, latest_step, parts_of, saved_steps, valid_losses
 from tx_jax.errors import require
 from tx_jax.integrity import not_finite, seal, sums
+from tx_jax.processes import any_says, is_first
 
 UNFINISHED = ".orbax-checkpoint-tmp"  # Orbax's suffix of what is not whole (orbax TMP_DIR_SUFFIX)
-REASONS = re.compile(r"No space left on device|Disk quota exceeded|File too large|Read-only file system")
+REASONS = re.compile(
+    "No space left on device|Disk quota exceeded|File too large|Read-only file system|Input/output error"
+)
+ELSEWHERE = "another process could not write its part"
 AGAIN = "; mend it, and run the same command again"
 
 
@@ -33,8 +37,9 @@ class Saver:
 
     `state` is a NamedTuple of arrays with a field `params`; `data` is what JSON can hold, a Grain iterator's
     `get_state()`. `save` copies both and returns; writing goes on behind the next steps, which may donate the state's
-    buffers. It is on disk when the next `save` returns, or at the end of the `with`. What could not be written is
-    raised there, or told by `failure`, and what there is of it removed.
+    buffers. It is on disk when the next `save` returns, or at the end of the `with`. What could not be written, because
+    it is not finite or the disk has no room or fails, is told by `failure`, and what there is of it removed. Where
+    nobody has asked, the next `save` raises it, and does nothing else, or the end of the `with`.
 
     >>> import collections, tempfile
     >>> from tx_jax.checkpoint import restore
@@ -63,17 +68,18 @@ class Saver:
     def __enter__(self) -> "Saver":
         self.level = logging.getLogger("absl").level
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # where Orbax puts pages on what is one line here
-        for step in saved_steps(self.run_dir) if self.keep_best else ():
-            with contextlib.suppress(CheckpointError):
-                self._note(step, saved_data(self.run_dir, step))
-        self._tidy()
+        for turn in (True, False):  # the others read what the first process leaves
+            if turn == is_first():
+                self.losses = valid_losses(self.run_dir) if self.keep_best else {}
+                self._tidy()
+            any_says(0)  # waits for all
         return self
 
     def __exit__(self, kind: Any, *_: object) -> None:
-        failed = self.failure(wait=True)
+        failed = self.failure(wait=True) if kind is None else None  # an error may be that of one process alone
         self.waiter.shutdown()
         logging.getLogger("absl").setLevel(self.level)
-        if failed and kind is None:
+        if failed:
             raise CheckpointError(failed + AGAIN)
 
     def __call__(self, step: int, state: Any, data: dict[str, Any]) -> None:
@@ -91,8 +97,8 @@ class Saver:
         require(newest is None or step > newest, f"{rule}; restore it, or use another --run-dir")
         self.step = step
         self._tidy()
-        if why := self._refusal(state):
-            self.untold = f"step {step} is not saved in run_dir='{self.run_dir}': {why}"
+        if any_says(bool(why := self._refusal(state))):
+            self._failed(why or ELSEWHERE)
             return
         # Orbax hangs at a NumPy scalar, and might read a NumPy array after its owner has changed it.
         state = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jnp.array(x), state)
@@ -100,69 +106,73 @@ class Saver:
         copied = json.loads(json.dumps(data))  # `data` may be the iterator's own dict, which the next batch changes
         path = str(home_of(self.run_dir) / str(step))
         about = seal({"data": copied, "sums": sums(parts)})
-        self._note(step, copied)
+        if math.isfinite(loss := copied.get("valid_loss", math.nan)):
+            self.losses[step] = loss
         try:
             writing = ocp.save_checkpointables_async(path, parts, custom_metadata=about)
             self.pending = self.waiter.submit(writing.result)  # whose result(timeout=0) may end what is not done
         except OSError as error:
-            self._failed(error)
+            self._failed(_reason(error))
 
     @property
     def best(self) -> float:
-        """The least validation loss of the checkpoints that are there; infinite if none has one."""
+        """The least validation loss of a checkpoint, the one that is being written too; infinite if none has one."""
         return min(self.losses.values(), default=math.inf)
 
     def failure(self, *, wait: bool = False) -> str | None:
         """Why the last save is not on disk, told once. None: it is, or without `wait` may still be on its way.
 
-        Of many processes each waits for the others, so that it is known when all wait.
+        Of many processes all are told when one has failed, and so only when all wait.
         """
-        if self.pending is not None and (wait or (self.pending.done() and jax.process_count() == 1)):
-            if error := self.pending.exception():
-                self._failed(error)
+        if jax.process_count() > 1 and not wait:
+            return None
+        done = self.pending if self.pending is not None and (wait or self.pending.done()) else None
+        if done is not None:
             self.pending = None
+            if error := done.exception():
+                self._failed(_reason(error))
+        if any_says(self.untold is not None) and self.untold is None:
+            self._failed(ELSEWHERE)
+        if done is not None:
             self._tidy()
         told, self.untold = self.untold, None
         return told
 
-    def _failed(self, error: BaseException) -> None:
-        found = REASONS.search(str(error))
-        why = found[0] if found else f"{type(error).__name__}: {' '.join(str(error).split()):.160}"
+    def _failed(self, why: str) -> None:
         self.untold = f"step {self.step} is not saved in run_dir='{self.run_dir}': {why}"
         self.losses.pop(self.step, None)
 
-    def _note(self, step: int, data: dict[str, Any]) -> None:
-        if "valid_loss" in data:
-            self.losses[step] = data["valid_loss"]
-
     def _refusal(self, state: Any) -> str | None:
         """Why a state is not to be saved: it is not finite, or its disk has less room than it would take."""
-        bad = not_finite(state.params)
-        home = home_of(self.run_dir)
-        home.mkdir(parents=True, exist_ok=True)
-        needed, free = sum(leaf.nbytes for leaf in jax.tree.leaves(state)), shutil.disk_usage(home).free
-        lacks = free < needed
-        if jax.process_count() > 1:
-            lacks = bool(multihost_utils.process_allgather(jnp.int32(lacks)).max())
-        if bad:
+        if bad := not_finite(state.params):
             return f"params/{bad[0]} is not finite"
-        room = f"it needs {needed / 1e6:,.2f} MB, and its disk has {free / 1e6:,.2f} left"
-        return room if lacks else None
+        home = home_of(self.run_dir)
+        try:
+            home.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(home).free
+        except OSError as error:
+            return _reason(error)
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        return f"it needs {needed / 1e6:,.2f} MB, and its disk has {free / 1e6:,.2f} left" if free < needed else None
 
     def _tidy(self) -> None:
-        """Remove steps that are not to stay, and what a kill or a full disk left unfinished."""
-        if jax.process_index() != 0:
+        """Remove steps that are not to stay, and what a kill or a full disk left unfinished; or the next time."""
+        if not is_first():
             return
         steps, home = saved_steps(self.run_dir), home_of(self.run_dir)
         stay = {*steps[-self.keep :], *(step for step in steps if self.keep_every and step % self.keep_every == 0)}
         if self.keep_best:
-            stay |= {step for step in steps if self.losses.get(step) == self.best}
-        for step in set(steps) - stay:
-            self.losses.pop(step, None)
-            path = home / str(step)
-            path.rename(f"{path}{UNFINISHED}")  # a kill during the removal must not leave half a step under its name
+            stay |= set(sorted(self.losses, key=self.losses.__getitem__)[:1])
+        with contextlib.suppress(OSError):  # of a disk that fails
+            for path in (home / str(step) for step in set(steps) - stay):
+                path.rename(f"{path}{UNFINISHED}")  # a kill during the removal must not leave half a step
         for path in home.glob(f"*{UNFINISHED}"):
-            shutil.rmtree(path, ignore_errors=True)  # where a failed save is still writing, the next time
+            shutil.rmtree(path, ignore_errors=True)  # a failed save may still be writing there
+
+
+def _reason(error: BaseException) -> str:
+    found = REASONS.search(str(error))
+    return found[0] if found else f"{type(error).__name__}: {' '.join(str(error).split()):.160}"
 
 
 class _Base(NamedTuple):

@@ -132,6 +132,19 @@ def take_steps(run: Run, report: Report, step: int, state: TrainState, stop: Sto
         parts = state.ema if cfg.keeps_mean else state.params, state.frozen
         return assemble(*run.layouts.unstack(launch.host_state(parts)))
 
+    def look() -> dict[str, float]:
+        found: dict[str, float] = {}
+        if due(step, train.eval_every, train.n_steps):
+            with report.pause(metrics):
+                params = whole()
+                found = losses(evaluate, params, task)
+                report.validation(step, found | task.score(run.model, gathered(params)))
+        if due(step, train.sample_every, train.n_steps):
+            with report.pause(metrics):
+                key = jax.random.fold_in(jax.random.key(train.seed), step)
+                report.sample(step, task.sample(run.model, gathered(whole()), key))
+        return found
+
     def failed(wait: bool) -> bool:
         if why := save.failure(wait=wait):
             report.unsaved(step, why)
@@ -139,42 +152,34 @@ def take_steps(run: Run, report: Report, step: int, state: TrainState, stop: Sto
 
     saver = Saver(cfg.run_dir, train.keep, keep_every=train.keep_every, keep_best=train.keep_best)
     with stopping(stop), saver as save:
-        last, unsaved = step == train.n_steps or asked(stop), False
+        last, owed = step == train.n_steps or asked(stop), False
         while not last:
             batch = report.next(batches)
             report.trace(step + 1)
             state, metrics = launch.step(state, batch)
             step += 1
             report.took(step, metrics)
-            logs = due(step, train.log_every) or step == report.first
-            asks = jax.process_count() == 1 or logs  # once a step or, of all processes, where they wait anyway
-            last = step == train.n_steps or (asks and asked(stop))  # the last step is always saved
+            logs, saves = due(step, train.log_every) or step == report.first, due(step, train.save_every)
+            stops = (jax.process_count() == 1 or logs or saves) and asked(stop)  # processes ask where they wait anyway
+            last = stops or step == train.n_steps  # which is always saved
             if logs or last:
                 report.training(step, metrics, schedule)
-                unsaved |= failed(wait=False)
-            found: dict[str, float] = {}
-            if due(step, train.eval_every, train.n_steps):
-                with report.pause(metrics):
-                    params = whole()
-                    found = losses(evaluate, params, task)
-                    report.validation(step, found | task.score(run.model, gathered(params)))
-            if due(step, train.sample_every, train.n_steps):
-                with report.pause(metrics):
-                    key = jax.random.fold_in(jax.random.key(train.seed), step)
-                    report.sample(step, task.sample(run.model, gathered(whole()), key))
+                owed |= failed(wait=False)
+            found = {} if stops else look()
             best = train.keep_best and found.get("valid_loss", math.inf) < save.best
-            if due(step, train.save_every) or last or best or (unsaved and logs):
+            if saves or last or best or (owed and logs):
                 report.look()
-                if report.n_in_a_row and not last:  # what is saved would push out what is from before
-                    continue
-                with report.pause(metrics):
-                    data = {"batches": batches.get_state()} | about | found
-                    failed(wait=True)  # the save before this one
-                    save(step, run.layouts.unstack(launch.host_state(state.moving)), data)
-                    unsaved = False
-                    if is_first():
-                        with unless_full():
-                            plot_metrics(cfg.run_dir)
+                owed = report.n_in_a_row > 0 and not last  # it would push out what is from before the skipped steps
+                if not owed:
+                    with report.pause(metrics):
+                        failed(wait=True)  # the save before this one
+                        data = {"batches": batches.get_state()} | about | found
+                        save(step, run.layouts.unstack(launch.host_state(state.moving)), data)
+                        if is_first():
+                            with unless_full():
+                                plot_metrics(cfg.run_dir)
+            if stops:
+                look()  # whoever has asked may not wait for it
     return step, state
 
 

@@ -30,7 +30,13 @@ from tx_jax.training.step import Metrics
 TRACED = 5  # steps of a profile
 UNREAD = 100  # steps that are looked at together, at most; and whose losses are what is usual
 SPIKE = 2.0  # times the median
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a disk without room says
+FULL = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EIO,
+)  # what a disk without room, or that fails, says
 
 
 class Ready(NamedTuple):
@@ -71,7 +77,8 @@ class Report:
         skipped = {row["step"] for row in rows if "skipped" in row}
         self.n_skipped = first_says(lambda: len(skipped))
         self.n_in_a_row = first_says(lambda: next(n for n in range(step + 1) if step - n not in skipped))
-        self.tested = any(row["step"] == cfg.train.n_steps and "test_" in str(row) for row in rows)  # by a run before
+        ended = [name for row in rows if row["step"] == cfg.train.n_steps for name in row]
+        self.tested = first_says(lambda: any(name.startswith("test_") for name in ended))  # by a run before
         files = ("metrics.jsonl", "samples.txt")
         self.metrics, self.samples = (_Lines(Path(os.devnull) if self.quiet else self.run_dir / name) for name in files)
         self.metrics.path.touch()
@@ -94,6 +101,9 @@ class Report:
     def __exit__(self, *_: object) -> None:
         self.trace(None)
         self.bar.stop()
+        for lines in (self.metrics, self.samples):
+            if lines.waiting:
+                lines.add("")
 
     def line(self, text: str) -> None:
         """One line for a person."""
@@ -173,7 +183,6 @@ class Report:
         }
         self.since, self.done, self.n_tokens, self.flops, self.waited = time.perf_counter(), step, 0, 0.0, 0.0
         record = {"loss": loss, "lr": lr, "grad_norm": norm}
-        record = {name: value for name, value in record.items() if math.isfinite(value)}  # JSON has no others
         self.write(step, record if step == self.first else record | speed)
         text = (
             f"loss {loss:.4f}  lr {lr:.2e}  grad {norm:.2f}  {speed['tokens_per_second'] / n_devices:,.0f} tokens/s"
@@ -209,17 +218,19 @@ class Report:
     def end(self, step: int, *, stopped: bool) -> None:
         """Where the run stands, and what to do next."""
         without = "" if self.cfg.resume in ("auto", "must") else ", without --resume,"
-        again = f"stopped and saved; the same command{without} goes on from here" if stopped else "done"
+        saved = f"stopped and saved; the same command{without} goes on from here" if step else "stopped"
+        again = saved if stopped else "done"
         if self.n_in_a_row:
             self.line(f"WARNING: the last {self.n_in_a_row} steps were skipped; an earlier checkpoint may be better")
         self.line(f"step {step:>5}  {again}. To sample: python sample.py {self.run_dir}")
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """One record of metrics.jsonl."""
+        """One record of metrics.jsonl, without what is not finite, for which JSON has no word."""
+        values = {name: x for name, x in values.items() if not isinstance(x, float) or math.isfinite(x)}
         self.metrics.add(json.dumps({"step": step} | values) + "\n")
 
     def unsaved(self, step: int, why: str) -> None:
-        """A checkpoint that could not be written."""
+        """A checkpoint that could not be written, as is known at this step."""
         self.write(step, {"unsaved": why})
         self.line(f"WARNING: {why}. The run goes on, and tries again")
 

@@ -15,7 +15,7 @@ from tx_jax.run_config import RunConfig
 from tx_jax.run_dir import changes_of, check_fields, check_run_dir, claim_run_dir, fields_of
 from tx_jax.training.step import TrainState
 
-TEXTS = frozenset({"data.path", "data.corpus", "data.mixture", "data.target_path"})  # fields that name a text
+TEXTS = frozenset({"data.path", "data.corpus", "data.target_path"})  # fields that name a text, and no more
 
 
 def find_step(run_dir: Path, cfg: RunConfig, tokenizer: AnyTokenizer) -> int:
@@ -31,18 +31,19 @@ def find_step(run_dir: Path, cfg: RunConfig, tokenizer: AnyTokenizer) -> int:
     require(held in (None, tokenizer), f"{rule}: of SHA-256 {then[:8]}…, not {now[:8]}…; {remedy}")
     check_run_dir(run_dir, cfg)
     newest, how, end = checkpoint.latest_step(run_dir), cfg.resume, cfg.train.n_steps
+    step = newest or 0
     if how.isdecimal():
         require(int(how), f"resume={how!r} is before the first step; use another --run-dir to begin anew")
-        return int(checkpoint.step_dir(run_dir, int(how)).name)
+        step = int(checkpoint.step_dir(run_dir, int(how)).name)
     rule = f"resume='never', but run_dir='{run_dir}' holds a run up to step {newest}"
     require(how != "never" or newest is None, f"{rule}; use another --run-dir")
     rule = f"resume='must', but run_dir='{run_dir}' holds no checkpoint"
     require(how != "must" or newest is not None, f"{rule}; give the --run-dir of a run, or leave out --resume")
-    rule = f"train.n_steps={end} is before step {newest}, up to which run_dir='{run_dir}' has come"
-    require(newest is None or newest <= end, f"{rule}; give more, or --resume an earlier step")
+    rule = f"train.n_steps={end} is before step {step}, up to which run_dir='{run_dir}' has come"
+    require(step <= end, f"{rule}; give more, or --resume an earlier step")
     if newest is None and (run_dir / "metrics.jsonl").exists():
         _say(f"WARNING: run_dir='{run_dir}' has a log but no checkpoint: the run begins anew")
-    return newest or 0
+    return step
 
 
 def settle(run_dir: Path, cfg: RunConfig, tokenizer: AnyTokenizer) -> int:
@@ -63,12 +64,12 @@ def resume(
     """The step of the newest checkpoint from `step` down that is whole, its state, and its place in the data, if any.
 
     Once there is one, later steps and those that are not whole are set aside: the run will write its own. In data that
-    were changed on purpose a place would mean nothing: they begin anew.
+    were changed on purpose a place would mean nothing: they begin anew. A step that cfg.resume names is taken or
+    refused; many processes take or refuse the newest, too.
 
     Args:
         state: its shapes.
-        now: the `identity` of this run. A step that cfg.resume names is taken or refused; many processes take or
-            refuse the newest, too.
+        now: the `identity` of this run.
 
     Raises:
         CheckpointError: none is whole.
@@ -94,25 +95,28 @@ def resume(
 
 
 def _check_same(run_dir: Path, cfg: RunConfig, saved: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Whether the data are others than those that a checkpoint was saved with, which was asked for.
+    """Whether the data, or their order, are others than those that a checkpoint was saved with, as was asked for.
+
+    What was asked for before counts where config.json says otherwise than the checkpoint: none was saved since.
 
     Raises:
         InputError: it was not, or another field differs.
     """
-    changes = cfg.changes | changes_of(run_dir)
+    then, here = saved.get("config", {}), now["config"]
+    changes = cfg.changes | {name for name in changes_of(run_dir) if then.get(name) != here.get(name)}
     held, text = saved["text_sha256"], now["text_sha256"]
     rule = f"run_dir='{run_dir}' began with a text of SHA-256 {held[:8]}…, and this one has {text[:8]}…"
     remedy = "use another --run-dir, bring its text back, or begin with this one by --change data.path"
-    require(held == text or changes & TEXTS, f"{rule}; {remedy}")
+    require(held == text or changes & (TEXTS | {"data.mixture"}), f"{rule}; {remedy}")
     words = now["tokenizer_sha256"]
-    then = saved.get("tokenizer_sha256", words)  # 0.1 did not say
-    rule = f"run_dir='{run_dir}' has a checkpoint with a tokenizer of SHA-256 {then[:8]}…, not {words[:8]}…"
-    require(then == words, f"{rule}; bring tokenizer/ back, or use another --run-dir")
-    old = check_fields(f"run_dir='{run_dir}' has a checkpoint of a run", saved.get("config", {}), cfg, changes)
+    theirs = saved.get("tokenizer_sha256", words)  # 0.1 did not say
+    rule = f"run_dir='{run_dir}' has a checkpoint with a tokenizer of SHA-256 {theirs[:8]}…, not {words[:8]}…"
+    require(theirs == words, f"{rule}; bring tokenizer/ back, or use another --run-dir")
+    old = check_fields(f"run_dir='{run_dir}' has a checkpoint of a run", then, cfg, changes)
     for name, value in old.items():
         ends = name == "train.n_steps" and cfg.optim.schedule != "constant"
         also = f"; its {cfg.optim.schedule} schedule ends there, too" if ends else ""
-        _say(f"{name} is {now['config'][name]!r} from here on, and was {value!r}{also}")
+        _say(f"{name} is {here[name]!r} from here on, and was {value!r}{also}")
     if held != text:
         _say(f"the text is that of SHA-256 {text[:8]}… from here on, and was that of {held[:8]}…")
     anew = held != text or any(name.startswith(("data.", "train.seed")) and name not in TEXTS for name in old)

@@ -20,7 +20,7 @@ from tx_jax.errors import require
 from tx_jax.lora import init_lora, merge_lora
 from tx_jax.models import Model, init_params
 from tx_jax.run_config import LoraConfig, RunConfig
-from tx_jax.run_dir import read_config
+from tx_jax.run_dir import changes_of, read_config
 from tx_jax.training.step import TrainState, init_state
 
 
@@ -44,7 +44,8 @@ def open_start(cfg: RunConfig, make_tokenizer: Callable[[], AnyTokenizer], speci
     """
     goes_on = latest_step(cfg.run_dir)  # 0: weights that were put there, with which nothing was trained
     if cfg.init is None:
-        keeps = goes_on and any(name.startswith("data.") for name in cfg.changes)  # in other data, its own words
+        changes = cfg.changes | changes_of(cfg.run_dir) if goes_on else ()
+        keeps = any(name.startswith("data.") for name in changes)  # in other data, its own words
         tokenizer = load_tokenizer(cfg.run_dir) if keeps else make_tokenizer()
         return Start(dataclasses.replace(cfg, model=fill_vocabulary(cfg.model, tokenizer)), tokenizer)
     if goes_on:

@@ -1,6 +1,7 @@
 """How a run is asked to stop: by Ctrl-C, or by the SIGTERM of a batch system, a cluster or a spot machine's notice."""
 
 import contextlib
+import os
 import signal
 import sys
 import threading
@@ -37,7 +38,9 @@ def stopping(stop: Stop) -> Iterator[None]:
         stop.number = number
         restore()
         if sys.stdout is not None and sys.stdout.isatty():
-            print("\x1b[?25h", end="", flush=True)  # the cursor, which a progress bar hides and a kill would not show
+            os.write(
+                sys.stdout.fileno(), b"\x1b[?25h"
+            )  # the cursor, which a progress bar hides and a kill would leave so
 
     for number in before:
         signal.signal(number, heed)
