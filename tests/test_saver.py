@@ -1,6 +1,7 @@
 """What is saved stays whole: through kills at any moment, flipped bits, lost files and full disks."""
 
 import contextlib
+import errno
 import logging
 import math
 import os
@@ -43,7 +44,7 @@ def test_keeps_the_newest(tmp_path):
 
 
 def test_keeps_every_nth_and_the_best(tmp_path):
-    losses = {1: 5.0, 2: 3.0, 4: 4.0, 5: math.nan, 6: 3.5, 7: None, 8: 9.0}
+    losses = {1: math.nan, 2: 3.0, 3: 3.0, 4: 4.0, 5: math.nan, 6: 3.5, 7: None, 8: 9.0}
 
     def go_on(*steps):
         with Saver(tmp_path, 1, keep_every=4, keep_best=True) as save:
@@ -51,7 +52,8 @@ def test_keeps_every_nth_and_the_best(tmp_path):
                 save(step, make_state(step), {} if losses[step] is None else {"valid_loss": losses[step]})
             return save.best
 
-    assert go_on(1, 2, 4, 5) == 3.0
+    assert go_on(1) == math.inf
+    assert go_on(2, 3, 4, 5) == 3.0
     assert saved_steps(tmp_path) == [2, 4, 5]
     assert best_step(tmp_path) == 2
     assert go_on(6, 7, 8) == 3.0  # which it has read
@@ -252,6 +254,29 @@ def test_room_is_looked_for_before_a_save(tmp_path, monkeypatch):
         assert os.listdir(tmp_path / "checkpoints") == []
         why = save.failure()
     assert why == f"step 1 is not saved in run_dir='{tmp_path}': it needs 0.50 MB, and its disk has 0.30 left"
+
+
+def test_a_disk_that_fails_costs_saves_alone(tmp_path, monkeypatch):
+    def failing(error):
+        def fail(*_):
+            raise OSError(error, os.strerror(error))
+
+        return fail
+
+    with Saver(tmp_path, 1) as save:
+        save(1, make_state(1), DATA)
+        assert save.failure(wait=True) is None
+        monkeypatch.setattr(shutil, "disk_usage", failing(errno.EIO))
+        save(2, make_state(2), DATA)
+        assert save.failure() == f"step 2 is not saved in run_dir='{tmp_path}': Input/output error"
+        monkeypatch.undo()
+        monkeypatch.setattr(pathlib.PosixPath, "rename", failing(errno.EROFS))  # of what is to be removed
+        save(3, make_state(3), DATA)
+        assert save.failure(wait=True) is None
+        assert saved_steps(tmp_path) == [1, 3]
+        monkeypatch.undo()
+    with Saver(tmp_path, 1):
+        assert saved_steps(tmp_path) == [3]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

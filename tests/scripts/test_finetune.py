@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import tx_jax as tx
-from tx_jax.checkpoint import restore_base, restore_params
+from tx_jax.checkpoint import CheckpointError, restore_base, restore_params
 from tx_jax.convert.pretrained import save_pretrained
 from tx_jax.convert.sources import find_source, load_pretrained, load_tokenizer
 from tx_jax.data.subwords import SubwordTokenizer
@@ -109,6 +109,13 @@ def test_a_mesh_begins_with_the_same_weights(train, command, tmp_path, more):
         found.append((losses(run), load_pretrained(run).params))
     np.testing.assert_allclose(*(loss for loss, _ in found), rtol=1e-5)
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-5), *(tree for _, tree in found))
+
+
+def test_adapters_without_their_base(tuned, tmp_path):
+    shutil.copytree(tuned / "lora", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "base")
+    with pytest.raises(CheckpointError, match="/base' holds no checkpoint; bring it back: the adapters are nothing"):
+        load_pretrained(tmp_path / "run")
 
 
 def test_adapters_beside_the_base_are_the_merged_model(tuned, public, tmp_path):

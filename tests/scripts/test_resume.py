@@ -1,5 +1,6 @@
 """A run goes on bit for bit after signals, kills and damage, and only one process at a time writes to it."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -9,13 +10,18 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tx_jax import load_pretrained, load_tokenizer
 from tx_jax.checkpoint import latest_step, saved_data, saved_steps
 from tx_jax.errors import InputError
-from tx_jax.run_dir import locked
+from tx_jax.run_config import DataConfig, RunConfig
+from tx_jax.run_dir import fields_of, locked
+from tx_jax.training import loop
+from tx_jax.training.report import Report
+from tx_jax.training.resume import _check_same as check_same
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # as in test_checkpoint.py
 
@@ -156,6 +162,7 @@ MISMATCHES = {  # flag: what the run was begun with, and what it is now
     "--train.ema-rate 0.9 --change train.ema-rate": "error: ema/embed/table is absent in ",
     "--optim.moment-dtype bfloat16 --change optim.moment-dtype": "mu/embed/table is float32[15, 16] in ",
     "--train.n-steps 30 --change train.n-steps": "train.n_steps=30 is before step 40, up to which run_dir='",
+    "--train.n-steps 30 --change train.n-steps --resume 40": "train.n_steps=30 is before step 40, up to which run_dir",
     "--model.n-heads 4 --change model.n-heads": "change='model.n-heads' names model.n_heads, which is no field that",
     "--change optim.peak": "change='optim.peak' names optim.peak, which is no field that a run may change; those are",
 }  # fmt: skip
@@ -230,6 +237,50 @@ def test_other_data_begin_anew(run, train, tiny, again, others, capsys):
     assert one == two
     words = load_tokenizer(again)
     assert words == load_tokenizer(run)
+    train([*tiny, *to])  # what was asked for once is so
+    assert "continuing after step 42 of 42" in capsys.readouterr().out
+    with others["same_letters"].open("a") as file:  # but not for another text
+        file.write("a")
+    assert "began with a text of SHA-256" in refused(train, capsys, *tiny, *to)
+
+
+def test_other_shares_of_a_mixture_begin_anew(tmp_path):
+    data = DataConfig(mixture="wiki=3,code=1")
+    then, now = RunConfig(data=data), RunConfig(data=dataclasses.replace(data, mixture="wiki=1,code=3"))
+    sums = {"text_sha256": "a", "tokenizer_sha256": "b"}  # of the same files
+    saved, here = ({"config": fields_of(cfg)} | sums for cfg in (then, now))
+    with pytest.raises(InputError, match=r"data.mixture='wiki=3,code=1', not 'wiki=1,code=3'"):
+        check_same(tmp_path, now, saved, here)
+    assert check_same(tmp_path, dataclasses.replace(now, change="data.mixture"), saved, here)
+    assert not check_same(tmp_path, then, saved, saved)
+
+
+def test_a_save_that_skipped_steps_put_off_is_made_up_for(run, train, tiny, tmp_path, monkeypatch):
+    took = Report.took
+
+    def skipped_at_20(self, step, metrics):
+        took(self, step, metrics._replace(skipped=jnp.bool_(step == 20)))
+
+    monkeypatch.setattr(Report, "took", skipped_at_20)
+    train([*tiny, "--run-dir", str(tmp_path / "run")])
+    assert saved_steps(tmp_path / "run") == [25, 40]
+
+
+def test_a_signal_saves_before_it_evaluates(train, tiny, tmp_path, monkeypatch):
+    done = []
+
+    class Told(loop.Saver):
+        def __call__(self, step, state, data):
+            done.append(("save", step))
+            super().__call__(step, state, data)
+
+    monkeypatch.setattr(loop, "Saver", Told)
+    monkeypatch.setattr(Report, "validation", lambda self, step, found: done.append(("evaluate", step)))
+    asked = iter(range(100))
+    monkeypatch.setattr(loop, "asked", lambda stop: next(asked) == 8)
+    with pytest.raises(SystemExit):
+        train([*tiny, "--train.eval-every", "4", "--train.save-every", "4", "--run-dir", str(tmp_path / "run")])
+    assert done == [("evaluate", 4), ("save", 4), ("save", 8), ("evaluate", 8)]
 
 
 def test_a_tokenizer_that_is_not_the_checkpoints_is_not_used(sample, train, again, capsys):

@@ -52,13 +52,22 @@ def test_skipped_steps_are_counted_across_a_restart(tmp_path, capsys):
         report.look()
         report.end(5, stopped=True)
     assert "WARNING: the last 3 steps were skipped; an earlier checkpoint may be better\n" in capsys.readouterr().out
-    gives_up = r"^4 steps in a row, 3 to 6, had a loss .* not finite; use another --run-dir with a lower --optim"
+    (tmp_path / "checkpoints" / "2").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "5").mkdir()
+    gives_up = (
+        r"^4 steps in a row, 3 to 6, had a loss .* not finite; --resume 2, or an earlier step, with a lower --optim"
+    )
     with Report(cfg, 5, 1) as report:
         report.took(6, metrics(2.0, skipped=True))
         with pytest.raises(InputError, match=gives_up):
             report.look()
+        report.write(cfg.train.n_steps, {"unsaved": "run_dir='runs/test_1'"})
+    with Report(cfg, cfg.train.n_steps, 1) as report:
+        assert not report.tested
     with Report(cfg, 1, 1) as report:  # further back
         assert (report.n_skipped, report.n_in_a_row) == (1, 1)
+        report.end(0, stopped=True)
+    assert "step     0  stopped. To sample" in capsys.readouterr().out
 
 
 def test_lines_wait_for_room(tmp_path):
