@@ -30,6 +30,7 @@ from tx_jax.saver import Saver
 # Reads that tensorstore ends after the first has failed.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 TESTS = pathlib.Path(__file__).parent
+ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}"}
 
 
 def test_keeps_the_newest(tmp_path):
@@ -94,11 +95,10 @@ with saver.Saver(run_dir, 2) as save:
 
 @pytest.mark.parametrize("how", ["behind", "at once", "removing"])
 def test_a_kill_costs_no_step_that_was_saved(tmp_path, how):
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}"}
     rng, done = random.Random(how), 0
     for trial in trials(1, 67):
         writer = subprocess.Popen(
-            [sys.executable, "-c", WRITER, tmp_path, how], stdout=subprocess.PIPE, env=environment
+            [sys.executable, "-c", WRITER, tmp_path, how], stdout=subprocess.PIPE, env=ENVIRONMENT
         )
         assert writer.stdout is not None
         told = [int(writer.stdout.readline())]
@@ -187,6 +187,28 @@ def test_whichever_file_is_harmed(tmp_path, harm, seed):
         shutil.rmtree(again)
     assert len(told) >= 12
     assert len(list(filter(None, told))) >= 7, told  # the others are what nobody reads, or can be done without
+
+
+HARMED = """
+import pathlib, sys
+import numpy as np
+from test_saver import HARM, big_state, payload, refusal
+run_dir, state = pathlib.Path(sys.argv[1]), big_state(np.random.default_rng(0))
+for file in payload(run_dir):
+    content = file.read_bytes()
+    HARM["cut"](file)
+    refusal(run_dir, state)
+    file.write_bytes(content)
+assert refusal(run_dir, state) is None
+"""
+
+
+def test_a_harmed_file_is_told_of_in_one_line_alone(tmp_path):
+    """And not by what other reads leave, some time later."""
+    with Saver(tmp_path, 1) as save:
+        save(3, big_state(np.random.default_rng(0)), DATA)
+    reader = subprocess.run([sys.executable, "-c", HARMED, tmp_path], env=ENVIRONMENT, capture_output=True, text=True)
+    assert (reader.returncode, reader.stderr) == (0, "")
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import contextlib
 import errno
 import functools
 import gc
+import inspect
 import itertools
 import logging
 import math
@@ -15,7 +16,8 @@ import os
 import pathlib
 import re
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -209,14 +211,21 @@ def _one_line(path: pathlib.Path) -> Iterator[None]:
             raise
         leaf = LEAF.search(str(error))
         what = "a file of it" if leaf is None else leaf[1].replace(".", "/")
-        error.__traceback__ = None  # which holds those other reads
+        why, hook = f"{what} is lost or damaged ({type(error).__name__})", _hushed(hook)
+        error.__traceback__ = None  # which holds other reads: most end here, where nobody hears
         gc.collect()
-        why = f"{what} is lost or damaged ({type(error).__name__})"
         raise CheckpointError(f"{path} cannot be read: {why}; {EARLIER}") from None
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
         sys.unraisablehook = hook
+
+
+def _hushed(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Some of the reads beside one that has failed end later, or were never begun, and would say so: not those."""
+    warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)
+    late = lambda told: inspect.iscoroutine(told.object) or "Event loop is closed" in str(told.exc_value)  # noqa: E731
+    return lambda told: late(told) or hook(told)
 
 
 def home_of(run_dir: RunDir) -> pathlib.Path:

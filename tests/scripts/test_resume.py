@@ -170,11 +170,12 @@ MISMATCHES = {  # flag: what the run was begun with, and what it is now
 
 @pytest.fixture(scope="module")
 def others(tmp_path_factory, text):
-    """Texts of other letters, and of the same."""
+    """Texts of other letters, of the same and of fewer."""
     home = tmp_path_factory.mktemp("others")
     (home / "other.txt").write_text(text.read_text() + "Ω")
     (home / "same.txt").write_text(text.read_text()[::-1])
-    return {"other": home / "other.txt", "same_letters": home / "same.txt"}
+    (home / "fewer.txt").write_text(text.read_text().replace("t", ""))
+    return {"other": home / "other.txt", "same_letters": home / "same.txt", "fewer_letters": home / "fewer.txt"}
 
 
 def contents(home):
@@ -226,7 +227,7 @@ def test_the_best_checkpoint_stays(train, sample, tiny, tmp_path, capsys):
 
 
 def test_other_data_begin_anew(run, train, tiny, again, others, capsys):
-    to = ["--train.n-steps", "42", "--data.path", str(others["same_letters"]), "--run-dir", str(again)]
+    to = ["--train.n-steps", "42", "--data.path", str(others["fewer_letters"]), "--run-dir", str(again)]
     train([*tiny, *to, "--train.log-every", "1", "--change", "data.path,train.n-steps"])
     *_, text, anew = capsys.readouterr().err.splitlines()
     assert re.fullmatch(r"the text is that of SHA-256 \w{8}… from here on, and was that of \w{8}…", text)
@@ -239,7 +240,7 @@ def test_other_data_begin_anew(run, train, tiny, again, others, capsys):
     assert words == load_tokenizer(run)
     train([*tiny, *to])  # what was asked for once is so
     assert "continuing after step 42 of 42" in capsys.readouterr().out
-    with others["same_letters"].open("a") as file:  # but not for another text
+    with others["fewer_letters"].open("a") as file:  # but not for another text
         file.write("a")
     assert "began with a text of SHA-256" in refused(train, capsys, *tiny, *to)
 
