@@ -13,6 +13,7 @@ import pytest
 from test_train import records
 
 from tx_jax import InputError
+from tx_jax.checkpoint import saved_steps
 from tx_jax.processes import connect
 
 ROOT = Path(__file__).parents[2]
@@ -89,6 +90,25 @@ def test_a_run_of_two_processes_goes_on_in_one_on_another_mesh(train, tiny, tmp_
     assert "continuing after step 2 of 4" in capsys.readouterr().out
     for row, expected in zip(records(two), records(one), strict=True):
         assert row == pytest.approx(expected, rel=1e-5)
+
+
+NO_ROOM = """
+import shutil, sys
+from train import main
+usage, asked = shutil.disk_usage, []
+if sys.argv[-1] == "1":  # of the second process, at its first save
+    shutil.disk_usage = lambda path: usage(path)._replace(free=0 if not asked and not asked.append(path) else 10**9)
+main(sys.argv[1:])
+"""
+
+
+def test_what_one_process_cannot_save_none_does_and_the_run_goes_on(tiny, tmp_path):
+    run_dir = tmp_path / "run"
+    ends = start(2, 1, "-c", NO_ROOM, *tiny, *SHORT, "--train.keep-best", "--mesh.fsdp", "2", "--run-dir", str(run_dir))
+    assert [code for _, code in ends] == [0, 0], ends
+    why = f"step 2 is not saved in run_dir='{run_dir}': another process could not write its part"
+    assert f"WARNING: {why}. The run goes on, and tries again" in ends[0][0]
+    assert saved_steps(run_dir) == [4]
 
 
 def test_processes_of_other_flags_end_and_say_why(tiny, tmp_path):
