@@ -6,7 +6,8 @@ import sys
 if __name__ == "__main__":  # before modules load: Ctrl-C ends at once but between steps, where the first one saves
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-from tx_jax.command_line import keep_compiled, keep_memory, one_line_errors, parse_run
+from tx_jax.command_line import keep_compiled, one_line_errors, parse_run
+from tx_jax.memory import keep_memory
 from tx_jax.processes import connect
 from tx_jax.training.loop import fit
 from tx_jax.training.stopping import Stop

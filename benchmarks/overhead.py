@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import tyro
 
 from tx_jax import integrity
-from tx_jax.command_line import keep_memory, parse_run
+from tx_jax.command_line import parse_run
+from tx_jax.memory import keep_memory
 from tx_jax.run_dir import locked, write_config
 from tx_jax.saver import Saver
 from tx_jax.training.loop import Run, make_launcher, open_run

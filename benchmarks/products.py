@@ -14,7 +14,7 @@ SHAPE = "rows, inner, outer = 4096, 384, 1536"
 SIDES = {
     "XLA": """
 import jax, jax.numpy as jnp
-from tx_jax.command_line import keep_memory
+from tx_jax.memory import keep_memory
 keep_memory()
 x, w, g = jnp.ones((rows, inner)), jnp.ones((outer, inner)), jnp.ones((rows, outer))
 products = [(jax.jit(lambda a, b, how=how: jnp.einsum(how, a, b)), a, b) for how, a, b in (

@@ -19,10 +19,10 @@ import tyro
 from torch_gpt import TorchGPT, adamw_groups
 
 import tx_jax as tx
-from tx_jax.command_line import keep_memory
 from tx_jax.data.batches import split, train_batches, valid_batches
 from tx_jax.data.corpora import load_text
 from tx_jax.data.tokenizers import CharTokenizer
+from tx_jax.memory import keep_memory
 from tx_jax.run_presets import nanogpt_shakespeare
 
 

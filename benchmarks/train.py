@@ -18,9 +18,9 @@ import numpy as np
 import tyro
 
 import tx_jax as tx
-from tx_jax.command_line import keep_memory
 from tx_jax.config import ModelConfig
 from tx_jax.data.batches import Batch
+from tx_jax.memory import keep_memory
 from tx_jax.parallel import jit_step
 from tx_jax.run_config import OptimConfig
 from tx_jax.training.optim import make_optimizer

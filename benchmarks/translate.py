@@ -24,7 +24,7 @@ import tyro
 from torch import nn
 
 import tx_jax as tx
-from tx_jax.command_line import keep_memory
+from tx_jax.memory import keep_memory
 from tx_jax.run_presets import translate_en_es
 from tx_jax.training.tasks import open_task
 

@@ -18,7 +18,7 @@ ONLY_THERE = {  # why a file imports what others may not
         "benchmarks/peers.py": "starts llama.cpp",
     },
     "socket": {"tx_jax/run_dir.py": "the name of the host in a lock"},
-    "ctypes": {"tx_jax/command_line.py": "mallopt of glibc", "benchmarks/llama_worker.py": "llama.cpp"},
+    "ctypes": {"tx_jax/memory.py": "mallopt of glibc", "benchmarks/llama_worker.py": "llama.cpp"},
 }  # fmt: skip
 CALLS = {"eval", "exec", "compile", "__import__", "breakpoint"}  # builtins
 METHODS = {"os": ("system", "popen", "exec", "spawn", "posix_spawn"), "torch": ("load",), "yaml": ("load", "unsafe")}

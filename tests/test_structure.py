@@ -20,7 +20,7 @@ RANKS = {  # of every module of the package
     "data.token_files": 0, "data.packing": 1, "data.prepare": 12,
     "data.pairs": 1, "data.buckets": 1, "data.trained": 2, "data.token_bytes": 2,
     "data.vocabularies": 2, "data.vocabulary_files": 3, "data.chat": 2, "data.chat_template": -3,
-    "stacked": 0, "processes": 0,
+    "stacked": 0, "processes": 0, "memory": 0,
     "presets": 2, "run_presets": 3, "run_dir": 2, "lora": 2, "cache": 1, "parallel": 2, "checkpoint": 2, "integrity": 0,
     "saver": 3,
     "training.optim": 2, "modules.linear": 1, "modules.mlp": 2, "modules.norms": 2, "modules.positions": 2,

@@ -4,7 +4,6 @@ A run config is a preset or a config.json, with flags on top.
 """
 
 import contextlib
-import ctypes
 import dataclasses
 import difflib
 import io
@@ -77,19 +76,6 @@ def one_line_errors() -> Iterator[None]:
 def keep_compiled() -> None:
     """Keep compiled programs on disk, so that the second start is quick."""
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
-
-
-def keep_memory() -> None:
-    """Let glibc keep what a step frees: else the next step waits for the kernel to find and zero the same pages.
-
-    That is a sixth to a third of a step on a CPU (benchmarks/RESULTS.md). To be called before JAX starts its threads.
-    Elsewhere than on glibc, nothing happens.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: which never shrinks
-        mallopt(-8, 1)  # M_ARENA_MAX: and is one for all threads
 
 
 def parse(kind: type[C], args: list[str], *, prog: str, default: C | None = None) -> C:

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from tx_jax.complexity import make_train_flops
 from tx_jax.convert.sources import load_pretrained
 from tx_jax.inspect import plot_metrics
+from tx_jax.memory import trim_memory
 from tx_jax.models import Model, build
 from tx_jax.parallel import AXIS, Launcher, check_batch, check_mesh, jit_step, make_mesh, placed, pmap_step, rows_here
 from tx_jax.processes import any_says, check_same, first_says, gathered, is_first
@@ -178,6 +179,7 @@ def take_steps(run: Run, report: Report, step: int, state: TrainState, stop: Sto
                         if is_first():
                             with unless_full():
                                 plot_metrics(cfg.run_dir)
+                        trim_memory()
             if stops:
                 look()  # whoever has asked may not wait for it
     return step, state
