@@ -12,38 +12,33 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, PyTree, UInt32
+from jaxtyping import Array, PyTree, UInt32
 
 
 def sums(tree: PyTree) -> dict[str, str]:
     """By path, each leaf's dtype and shape, and 64 bits that another value of any element changes.
 
-    Computed where the leaf is, shards and all, with nothing as long as it in memory.
-
     >>> sums({"w": jnp.zeros(2)})
     {'w': 'float32[2] 28853c1e42299230'}
     """
-
-    def told(leaf: Any) -> str:
-        # One at a time: on CPU, programs of many devices that run at once can wait for each other for ever.
-        one, other = jax.device_get(_sum(leaf))
-        return f"{kind(leaf)} {one:08x}{other:08x}"
-
-    return {name: told(leaf) for name, leaf in leaves(tree).items()}
+    return look(tree)[0]
 
 
-def not_finite(tree: PyTree) -> list[str]:
-    """The paths of leaves that hold a NaN or an infinity.
+def look(tree: PyTree) -> tuple[dict[str, str], list[str]]:
+    """The `sums`, and the paths of leaves that hold a NaN or an infinity.
 
-    >>> not_finite({"w": jnp.ones(2), "b": jnp.array([1, jnp.nan])})
+    Computed where a leaf is, shards and all, in one pass, with nothing as long as it in memory.
+
+    >>> look({"w": jnp.ones(2), "b": jnp.array([1, jnp.nan])})[1]
     ['b']
     """
-    return [name for name, leaf in leaves(tree).items() if not jax.device_get(_finite(leaf))]  # in turn, as above
-
-
-@jax.jit
-def _finite(leaf: Array) -> Bool[Array, ""]:
-    return jnp.isfinite(leaf).all()
+    told, bad = {}, []
+    for name, leaf in leaves(tree).items():
+        # One at a time: on CPU, programs of many devices that run at once can wait for each other for ever.
+        one, other, flawed = jax.device_get(_look(leaf))
+        told[name] = f"{kind(leaf)} {one:08x}{other:08x}"
+        bad += [name] if flawed else []
+    return told, bad
 
 
 def leaves(tree: PyTree) -> dict[str, Any]:
@@ -58,8 +53,12 @@ def kind(leaf: Any) -> str:
 
 
 @jax.jit
-def _sum(leaf: Array) -> UInt32[Array, "2"]:
-    """Two sums, modulo 2³², of a mixture of each element's bits and its place: a bijection of the bits at any place."""
+def _look(leaf: Array) -> UInt32[Array, "3"]:
+    """Two sums, modulo 2³², of a mixture of each element's bits and its place: a bijection of the bits at any place.
+
+    And 1 if an element is not finite.
+    """
+    finite = jnp.isfinite(leaf) if jnp.issubdtype(leaf.dtype, jnp.inexact) else jnp.ones(leaf.shape, bool)
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
     if leaf.dtype == jnp.bool_:
@@ -72,9 +71,10 @@ def _sum(leaf: Array) -> UInt32[Array, "2"]:
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):  # the last mixing of MurmurHash3 (Appleby 2011)
         x = (x ^ (x >> shift)) * jnp.uint32(factor)
     x ^= x >> 16
-    zeros, axes = (jnp.uint32(0), jnp.uint32(0)), tuple(range(x.ndim))
-    both = jax.lax.reduce((x, x * (2 * place + 1)), zeros, lambda a, b: (a[0] + b[0], a[1] + b[1]), axes)  # one pass
-    return jnp.stack(both)
+    flaws = jnp.broadcast_to(jnp.expand_dims(~finite, range(finite.ndim, x.ndim)), x.shape).astype(jnp.uint32)
+    add = lambda a, b: (a[0] + b[0], a[1] + b[1], a[2] | b[2])  # noqa: E731
+    zeros, axes = (jnp.uint32(0),) * 3, tuple(range(x.ndim))
+    return jnp.stack(jax.lax.reduce((x, x * (2 * place + 1), flaws), zeros, add, axes))  # one pass
 
 
 _WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}  # by the bytes of an element

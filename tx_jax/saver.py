@@ -21,7 +21,7 @@ from jaxtyping import Array, PyTree
 
 from tx_jax.checkpoint import BASE, CheckpointError, RunDir, home_of, latest_step, parts_of, saved_steps, valid_losses
 from tx_jax.errors import require
-from tx_jax.integrity import not_finite, seal, sums
+from tx_jax.integrity import look, seal
 from tx_jax.processes import any_says, is_first
 
 UNFINISHED = ".orbax-checkpoint-tmp"  # Orbax's suffix of what is not whole (orbax TMP_DIR_SUFFIX)
@@ -97,15 +97,16 @@ class Saver:
         require(newest is None or step > newest, f"{rule}; restore it, or use another --run-dir")
         self.step = step
         self._tidy()
-        if any_says(bool(why := self._refusal(state))):
+        # Orbax hangs at a NumPy scalar, and might read a NumPy array after its owner has changed it.
+        parts = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jnp.array(x), parts_of(state))
+        sums, flaws = look(parts)
+        why = self._refusal(parts, [name for name in flaws if not name.startswith("state/")])
+        if any_says(why is not None):
             self._failed(why or ELSEWHERE)
             return
-        # Orbax hangs at a NumPy scalar, and might read a NumPy array after its owner has changed it.
-        state = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jnp.array(x), state)
-        parts = parts_of(state)
         copied = json.loads(json.dumps(data))  # `data` may be the iterator's own dict, which the next batch changes
         path = str(home_of(self.run_dir) / str(step))
-        about = seal({"data": copied, "sums": sums(parts)})
+        about = seal({"data": copied, "sums": sums})
         if math.isfinite(loss := copied.get("valid_loss", math.nan)):
             self.losses[step] = loss
         try:
@@ -142,17 +143,17 @@ class Saver:
         self.untold = f"step {self.step} is not saved in run_dir='{self.run_dir}': {why}"
         self.losses.pop(self.step, None)
 
-    def _refusal(self, state: Any) -> str | None:
-        """Why a state is not to be saved: it is not finite, or its disk has less room than it would take."""
-        if bad := not_finite(state.params):
-            return f"params/{bad[0]} is not finite"
+    def _refusal(self, parts: Any, flaws: list[str]) -> str | None:
+        """Why they are not to be saved: one is not finite, or their disk has less room than they would take."""
+        if flaws:
+            return f"{flaws[0]} is not finite"
         home = home_of(self.run_dir)
         try:
             home.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(home).free
         except OSError as error:
             return _reason(error)
-        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(parts))
         return f"it needs {needed / 1e6:,.2f} MB, and its disk has {free / 1e6:,.2f} left" if free < needed else None
 
     def _tidy(self) -> None:
