@@ -258,7 +258,7 @@ def test_a_disk_that_stays_full(tmp_path, capfd):
 
 def test_what_nobody_asks_about_is_raised(tmp_path):
     state, save = big_state(np.random.default_rng(0)), Saver(tmp_path, 2)
-    text = r"^step 2 is not saved in run_dir=.*: File too large; mend it, and run the same command again$"
+    text = r"^step 2 is not saved in run_dir=.*: File too large, and none before it is; mend it, and run .* again$"
     with no_larger_files(4096):
         save(2, state, DATA)
         with pytest.raises(CheckpointError, match=text):
@@ -291,6 +291,10 @@ def test_a_disk_that_fails_costs_saves_alone(tmp_path, monkeypatch):
         monkeypatch.setattr(shutil, "disk_usage", failing(errno.EIO))
         save(2, make_state(2), DATA)
         assert save.failure() == f"step 2 is not saved in run_dir='{tmp_path}': Input/output error"
+        monkeypatch.undo()
+        monkeypatch.setattr(os, "mkdir", failing(errno.EROFS))
+        save(2, make_state(2), DATA)
+        assert save.failure() == f"step 2 is not saved in run_dir='{tmp_path}': Read-only file system"
         monkeypatch.undo()
         monkeypatch.setattr(pathlib.PosixPath, "rename", failing(errno.EROFS))  # of what is to be removed
         save(3, make_state(3), DATA)

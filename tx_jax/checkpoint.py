@@ -198,10 +198,10 @@ def _check(ok: object, message: str) -> None:
 def _one_line(path: pathlib.Path) -> Iterator[None]:
     """Orbax reports a damaged file by pages of log, one of many errors and what other reads leave: make it one line."""
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    levels, hook = [logger.level for logger in loggers], sys.unraisablehook
+    levels, hooks = [logger.level for logger in loggers], (sys.unraisablehook, sys.excepthook)
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
-    sys.unraisablehook = lambda _: None
+    sys.unraisablehook, sys.excepthook = hushed = _hushed(*hooks)
     try:
         yield
     except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
@@ -211,21 +211,24 @@ def _one_line(path: pathlib.Path) -> Iterator[None]:
             raise
         leaf = LEAF.search(str(error))
         what = "a file of it" if leaf is None else leaf[1].replace(".", "/")
-        why, hook = f"{what} is lost or damaged ({type(error).__name__})", _hushed(hook)
+        why, hooks = f"{what} is lost or damaged ({type(error).__name__})", hushed  # from here on
+        warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)
         error.__traceback__ = None  # which holds other reads: most end here, where nobody hears
         gc.collect()
         raise CheckpointError(f"{path} cannot be read: {why}; {EARLIER}") from None
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-        sys.unraisablehook = hook
+        sys.unraisablehook, sys.excepthook = hooks
 
 
-def _hushed(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Some of the reads beside one that has failed end later, or were never begun, and would say so: not those."""
-    warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)
-    late = lambda told: inspect.iscoroutine(told.object) or "Event loop is closed" in str(told.exc_value)  # noqa: E731
-    return lambda told: late(told) or hook(told)
+def _hushed(unraisable: Callable[[Any], Any], uncaught: Callable[..., Any]) -> tuple[Any, Any]:
+    """Both hooks, but not for what is said, some time later, by reads beside one that has failed."""
+    late = lambda error: "Event loop is closed" in str(error)  # noqa: E731
+    return (
+        lambda told: inspect.iscoroutine(told.object) or late(told.exc_value) or unraisable(told),
+        lambda kind, error, trace: late(error) or uncaught(kind, error, trace),
+    )
 
 
 def home_of(run_dir: RunDir) -> pathlib.Path:

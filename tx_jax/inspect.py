@@ -40,9 +40,9 @@ def plot_metrics(run_dir: str | Path) -> Path | None:
         points = [(record["step"], record[name]) for record in records if name in record]
         if points:
             axes.plot(*zip(*points, strict=True), label=label, marker=marker)
+            axes.legend()
     axes.set(xlabel="optimiser step", ylabel="loss, nats per token", title=run_dir.name)
     axes.grid(alpha=0.3)
-    axes.legend()
     path = run_dir / "plots" / "loss.png"
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=120)

@@ -1,8 +1,12 @@
-"""What glibc does with the memory that a step frees, which the next one asks for again. Elsewhere nothing happens."""
+"""How much memory a run takes, and what glibc does with what a step frees; elsewhere than on glibc, nothing happens."""
 
 import ctypes
 import os
+import resource
+import sys
 from typing import Any
+
+import jax
 
 _libc: Any = ctypes.CDLL(None) if os.name == "posix" else None
 
@@ -25,3 +29,10 @@ def trim_memory() -> None:
     """
     if hasattr(_libc, "malloc_trim"):
         _libc.malloc_trim(0)
+
+
+def memory_in_use() -> int:
+    """The most bytes that the fullest device of this host has held or, where none tells, this process."""
+    told = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
+    unit = 1 if sys.platform == "darwin" else 1024
+    return max(told) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

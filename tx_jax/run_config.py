@@ -4,6 +4,7 @@ Like a ModelConfig it is data that checks itself; a run directory keeps it as co
 """
 
 import dataclasses
+import difflib
 import re
 from typing import Literal
 
@@ -249,11 +250,12 @@ class RunConfig:
         rule = f"data.objective={objective!r} trains model.stack={needs!r}, not {stack!r}"
         require(given or stack == needs, f"{rule}; change the one or the other")
         for name in sorted(self.changes):
-            part, _, field = name.partition(".")
-            known = CHANGEABLE.fullmatch(name) and hasattr(getattr(self, part), field)
-            rule = f"change={self.change!r} names {name}, which is no field that a run may change"
+            rule = f"change={self.change!r} names {name}, which is no field"
+            close = difflib.get_close_matches(name, FIELDS, 1)
+            hint = f"did you mean {close[0]}?" if close else "name one such as optim.peak_lr"
+            require(name in FIELDS, f"{rule}; {hint}")
             may = "optim.*, train.*, model.dropout-rate and, but for tokenizer, vocab-size and objective, data.*"
-            require(known, f"{rule}; those are {may}")
+            require(CHANGEABLE.fullmatch(name), f"{rule} that a run may change; those are {may}")
         how = self.resume
         known = how in ("auto", "never", "must") or (how.isascii() and how.isdecimal())
         require(known, f"resume={how!r} is none of auto, never, must, nor the step of a checkpoint")
@@ -268,3 +270,10 @@ class RunConfig:
             decay is None or self.optim.schedule != "wsd" or 1 <= decay <= total - warm,
             f"optim.decay_steps={decay} must be 1 to {total - warm}: train.n_steps={total} without the warm-up",
         )
+
+
+FIELDS = [  # that --change may be given, as RunConfig has them
+    f"{part}.{field.name}"
+    for part, kind in (("model", ModelConfig), ("data", DataConfig), ("optim", OptimConfig), ("train", TrainConfig))
+    for field in dataclasses.fields(kind)
+]

@@ -32,9 +32,19 @@ FREE = re.compile(
 def write_config(run_dir: RunDir, cfg: RunConfig) -> None:
     """Write `run_dir/config.json`, whole or not at all, making the directory if need be."""
     path = pathlib.Path(run_dir)
-    path.mkdir(parents=True, exist_ok=True)
-    (path / UNFINISHED_CONFIG).write_text(to_json(cfg), encoding="utf-8")
-    os.replace(path / UNFINISHED_CONFIG, path / "config.json")
+    with _writable(path):
+        path.mkdir(parents=True, exist_ok=True)
+        (path / UNFINISHED_CONFIG).write_text(to_json(cfg), encoding="utf-8")
+        os.replace(path / UNFINISHED_CONFIG, path / "config.json")
+
+
+@contextlib.contextmanager
+def _writable(path: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        rule = f"run_dir='{path}' cannot be written to ({error.strerror})"
+        raise InputError(f"{rule}; make room and give rights there, or {ANOTHER}") from None
 
 
 def read_config(run_dir: RunDir) -> RunConfig:
@@ -62,14 +72,11 @@ def locked(run_dir: RunDir) -> Iterator[int]:
     _is_used(path)
     is_new = not path.exists()
     with contextlib.ExitStack() as held:
-        try:
+        with _writable(path):
             file = held.enter_context(_lock_file(path))
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
-        except OSError as error:
-            rule = f"run_dir='{path}' cannot be written to ({error.strerror})"
-            raise InputError(f"{rule}; make room and give rights there, or {ANOTHER}") from None
         try:
             yield os.getpid()
         finally:

@@ -8,9 +8,11 @@ import contextlib
 import json
 import logging
 import math
+import os
 import pathlib
 import re
 import shutil
+import tempfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -29,7 +31,6 @@ REASONS = re.compile(
     "No space left on device|Disk quota exceeded|File too large|Read-only file system|Input/output error"
 )
 ELSEWHERE = "another process could not write its part"
-AGAIN = "; mend it, and run the same command again"
 
 
 class Saver:
@@ -80,7 +81,7 @@ class Saver:
         self.waiter.shutdown()
         logging.getLogger("absl").setLevel(self.level)
         if failed:
-            raise CheckpointError(failed + AGAIN)
+            raise self._lost(failed)
 
     def __call__(self, step: int, state: Any, data: dict[str, Any]) -> None:
         """
@@ -91,7 +92,7 @@ class Saver:
         from orbax.checkpoint import v1 as ocp  # here, because `import tx_jax` should be quick
 
         if failed := self.failure(wait=True):
-            raise CheckpointError(failed + AGAIN)
+            raise self._lost(failed)
         newest = latest_step(self.run_dir)
         rule = f"step={step} is not after step {newest} in run_dir='{self.run_dir}'"
         require(newest is None or step > newest, f"{rule}; restore it, or use another --run-dir")
@@ -139,6 +140,11 @@ class Saver:
         told, self.untold = self.untold, None
         return told
 
+    def _lost(self, failed: str) -> CheckpointError:
+        newest = latest_step(self.run_dir)
+        kept = "and none before it is" if newest is None else f"and step {newest} is the newest that is"
+        return CheckpointError(f"{failed}, {kept}; mend it, and run the same command again")
+
     def _failed(self, why: str) -> None:
         self.untold = f"step {self.step} is not saved in run_dir='{self.run_dir}': {why}"
         self.losses.pop(self.step, None)
@@ -150,6 +156,7 @@ class Saver:
         home = home_of(self.run_dir)
         try:
             home.mkdir(parents=True, exist_ok=True)
+            os.rmdir(tempfile.mkdtemp(UNFINISHED, dir=home))  # where Orbax can make none, its threads wait for ever
             free = shutil.disk_usage(home).free
         except OSError as error:
             return _reason(error)

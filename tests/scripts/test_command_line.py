@@ -49,6 +49,7 @@ TRAIN = {  # flags after those of the small run: what the message says, value an
     "--model.n-heads": "Missing value for argument '--model.n-heads'. Expected 1 values; see train.py",
     "--optim.beta1 nan": "beta1=nan must be a finite number",
     "--train.keep-best --train.eval-every 0": "keep_best needs a validation loss, which eval_every=0 never takes; give",
+    "--run-dir /dev/full/run": "run_dir='/dev/full/run' cannot be written to (Not a directory); make room and give",
     "--run-dir {bad}/short.txt/run": "short.txt/run' cannot be written to (Not a directory); make room and give rights",
 }  # fmt: skip
 FIRST = {  # the first word: what the message says

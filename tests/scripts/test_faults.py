@@ -18,6 +18,7 @@ from trials import FULL, trials
 from tx_jax import load_pretrained
 from tx_jax.checkpoint import latest_step, saved_steps
 from tx_jax.convert.sources import open_source
+from tx_jax.training.stopping import HEARD
 
 HERE = Path(__file__).parent
 N_STEPS = 401 if FULL else 101
@@ -123,7 +124,7 @@ def test_signals_at_any_moment(start, tmp_path, seed):
     time.sleep(rng.uniform(0, 1))
     process.send_signal(number)
     _, err = process.communicate(timeout=100)
-    assert (process.returncode, err) == (128 + number, "")
+    assert (process.returncode, err) == (128 + number, HEARD.decode())
     assert latest_step(run_dir) == len(records(run_dir)) < 9000
     open_source(run_dir).load(None, None)
 

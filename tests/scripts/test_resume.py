@@ -22,6 +22,7 @@ from tx_jax.run_dir import fields_of, locked
 from tx_jax.training import loop
 from tx_jax.training.report import Report
 from tx_jax.training.resume import _check_same as check_same
+from tx_jax.training.stopping import HEARD
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # as in test_checkpoint.py
 
@@ -64,7 +65,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(run, train, child, tiny, tm
         time.sleep(0.01)
     process.send_signal(number)
     out, err = process.communicate(timeout=100)
-    assert (process.returncode, err) == (128 + number, "")
+    assert (process.returncode, err) == (128 + number, HEARD.decode())
     assert "stopped and saved; the same command goes on from here" in out
     step = latest_step(stopped)
     assert step == max(json.loads(row)["step"] for row in metrics.read_text().splitlines())
@@ -164,7 +165,7 @@ MISMATCHES = {  # flag: what the run was begun with, and what it is now
     "--train.n-steps 30 --change train.n-steps": "train.n_steps=30 is before step 40, up to which run_dir='",
     "--train.n-steps 30 --change train.n-steps --resume 40": "train.n_steps=30 is before step 40, up to which run_dir",
     "--model.n-heads 4 --change model.n-heads": "change='model.n-heads' names model.n_heads, which is no field that",
-    "--change optim.peak": "change='optim.peak' names optim.peak, which is no field that a run may change; those are",
+    "--change optim.peak": "change='optim.peak' names optim.peak, which is no field; did you mean optim.peak_lr?",
 }  # fmt: skip
 
 
@@ -267,6 +268,32 @@ def test_a_save_that_skipped_steps_put_off_is_made_up_for(run, train, tiny, tmp_
     assert saved_steps(tmp_path / "run") == [25, 40]
 
 
+@pytest.mark.parametrize("n_full", [2, 3])
+def test_the_last_save_waits_for_room(run, train, tiny, tmp_path, capsys, monkeypatch, n_full):
+    usage, asked, run_dir = shutil.disk_usage(tmp_path), [], tmp_path / "run"
+
+    def none_at_first(path):
+        asked.append(path)
+        return usage._replace(free=0 if 1 < len(asked) < 2 + n_full else usage.free)
+
+    monkeypatch.setattr(shutil, "disk_usage", none_at_first)
+    monkeypatch.setattr(loop, "TRIES", 2)
+    monkeypatch.setattr(loop, "PATIENCE", 0)
+    command = [*tiny, "--run-dir", str(run_dir)]
+    if n_full == 3:
+        text = refused(train, capsys, *command)
+        assert text.startswith(
+            f"error: step 40 is not saved in run_dir='{run_dir}': it needs 0.04 MB, and its disk has"
+        )
+        assert text.endswith(" 0.00 left, and step 20 is the newest that is; mend it, and run the same command again\n")
+        assert saved_steps(run_dir) == [20]
+    else:
+        train(command)
+        said = "0.00 left. The run waits for room, and tries again; Ctrl-C gives up\n"
+        assert capsys.readouterr().out.count(said) == 2
+        assert_same_params(run, run_dir)
+
+
 def test_a_signal_saves_before_it_evaluates(train, tiny, tmp_path, monkeypatch):
     done = []
 
@@ -322,7 +349,7 @@ def test_a_run_that_is_not_finite_gives_up_with_what_is_saved_finite(train, tiny
     text = refused(train, capsys, *tiny, *flags, "--run-dir", run_dir)
     assert text == (
         "error: 6 steps in a row, 3 to 8, had a loss or gradient that is not finite; "
-        "--resume 2, or an earlier step, with a lower --optim.peak-lr and --change optim.peak-lr\n"
+        "--resume 2, or an earlier step, with --change optim.peak-lr and a lower --optim.peak-lr\n"
     )
     assert saved_steps(run_dir) == [2]  # and none of those that were skipped
     params = load_pretrained(run_dir).params

@@ -54,9 +54,7 @@ def test_skipped_steps_are_counted_across_a_restart(tmp_path, capsys):
     assert "WARNING: the last 3 steps were skipped; an earlier checkpoint may be better\n" in capsys.readouterr().out
     (tmp_path / "checkpoints" / "2").mkdir(parents=True)
     (tmp_path / "checkpoints" / "5").mkdir()
-    gives_up = (
-        r"^4 steps in a row, 3 to 6, had a loss .* not finite; --resume 2, or an earlier step, with a lower --optim"
-    )
+    gives_up = r"^4 steps in a row, 3 to 6, had a loss .* not finite; --resume 2, or an earlier step, with --change"
     with Report(cfg, 5, 1) as report:
         report.took(6, metrics(2.0, skipped=True))
         with pytest.raises(InputError, match=gives_up):

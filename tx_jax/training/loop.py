@@ -7,6 +7,7 @@ checkpoints/<step>/. Running the same config again continues at the newest check
 import contextlib
 import functools
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -36,6 +37,8 @@ from tx_jax.training.tasks import Task, open_task
 
 if TYPE_CHECKING:
     import grain
+
+TRIES, PATIENCE = 60, 10  # of a last save that fails; seconds
 
 
 def fit(cfg: RunConfig, stop: Stop | None = None) -> TrainState:
@@ -146,14 +149,24 @@ def take_steps(run: Run, report: Report, step: int, state: TrainState, stop: Sto
                 report.sample(step, task.sample(run.model, gathered(whole()), key))
         return found
 
-    def failed(wait: bool) -> bool:
+    def failed(wait: bool, **then: str) -> bool:
         if why := save.failure(wait=wait):
-            report.unsaved(step, why)
+            report.unsaved(step, why, **then)
         return why is not None
+
+    def keep() -> None:
+        with report.pause(metrics):
+            failed(wait=True)  # the save before this one
+            data = {"batches": batches.get_state()} | about | found
+            save(step, run.layouts.unstack(launch.host_state(state.moving)), data)
+            if is_first():
+                with unless_full():
+                    plot_metrics(cfg.run_dir)
+            trim_memory()
 
     saver = Saver(cfg.run_dir, train.keep, keep_every=train.keep_every, keep_best=train.keep_best)
     with stopping(stop), saver as save:
-        last, owed = step == train.n_steps or asked(stop), False
+        last, owed, found = step == train.n_steps or asked(stop), False, {}
         while not last:
             batch = report.next(batches)
             report.trace(step + 1)
@@ -172,16 +185,14 @@ def take_steps(run: Run, report: Report, step: int, state: TrainState, stop: Sto
                 report.look()
                 owed = report.n_in_a_row > 0 and not last  # it would push out what is from before the skipped steps
                 if not owed:
-                    with report.pause(metrics):
-                        failed(wait=True)  # the save before this one
-                        data = {"batches": batches.get_state()} | about | found
-                        save(step, run.layouts.unstack(launch.host_state(state.moving)), data)
-                        if is_first():
-                            with unless_full():
-                                plot_metrics(cfg.run_dir)
-                        trim_memory()
+                    keep()
             if stops:
                 look()  # whoever has asked may not wait for it
+        for _ in range(TRIES if step == train.n_steps else 0):  # there is no later save
+            if asked(stop) or not failed(wait=True, then="The run waits for room, and tries again; Ctrl-C gives up"):
+                break
+            time.sleep(PATIENCE)
+            keep()
     return step, state
 
 

@@ -6,9 +6,7 @@ import json
 import math
 import os
 import re
-import resource
 import statistics
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -21,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from tx_jax.checkpoint import saved_steps
 from tx_jax.errors import InputError
+from tx_jax.memory import memory_in_use
 from tx_jax.models import count_params
 from tx_jax.processes import first_says, is_first
 from tx_jax.run_config import RunConfig
@@ -162,9 +161,13 @@ class Report:
         n = self.n_in_a_row
         if n >= self.cfg.train.max_skipped:
             before = [saved for saved in saved_steps(self.run_dir) if saved <= step - n]
-            back = f"--resume {before[-1]}, or an earlier step," if before else "use another --run-dir"
+            back = (
+                f"--resume {before[-1]}, or an earlier step, with --change optim.peak-lr"
+                if before
+                else "use another --run-dir"
+            )
             rule = f"{n} steps in a row, {step - n + 1} to {step}, had a loss or gradient that is not finite"
-            raise InputError(f"{rule}; {back} with a lower --optim.peak-lr and --change optim.peak-lr")
+            raise InputError(f"{rule}; {back} and a lower --optim.peak-lr")
 
     def training(self, step: int, metrics: Metrics, schedule: Callable[[int], Any]) -> None:
         """The last training step, and the speed since the last report."""
@@ -229,10 +232,10 @@ class Report:
         values = {name: x for name, x in values.items() if not isinstance(x, float) or math.isfinite(x)}
         self.metrics.add(json.dumps({"step": step} | values) + "\n")
 
-    def unsaved(self, step: int, why: str) -> None:
+    def unsaved(self, step: int, why: str, *, then: str = "The run goes on, and tries again") -> None:
         """A checkpoint that could not be written, as is known at this step."""
         self.write(step, {"unsaved": why})
-        self.line(f"WARNING: {why}. The run goes on, and tries again")
+        self.line(f"WARNING: {why}. {then}")
 
     @contextlib.contextmanager
     def pause(self, metrics: Metrics) -> Iterator[None]:
@@ -241,13 +244,6 @@ class Report:
         start = time.perf_counter()
         yield
         self.since += time.perf_counter() - start
-
-
-def memory_in_use() -> int:
-    """The most bytes that the fullest device of this host has held or, where none tells, this process."""
-    told = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
-    unit = 1 if sys.platform == "darwin" else 1024
-    return max(told) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class _Lines:

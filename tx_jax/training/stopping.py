@@ -7,6 +7,9 @@ import sys
 import threading
 from collections.abc import Iterator
 
+HEARD = b"stopping after this step, and saving; a second signal ends at once\n"
+SHOW_CURSOR = b"\x1b[?25h"
+
 
 class Stop:
     """Which signal asks, once one has."""
@@ -37,10 +40,9 @@ def stopping(stop: Stop) -> Iterator[None]:
     def heed(number: int, frame: object) -> None:
         stop.number = number
         restore()
+        os.write(2, HEARD)  # at once: in a signal handler, print may meet itself
         if sys.stdout is not None and sys.stdout.isatty():
-            os.write(
-                sys.stdout.fileno(), b"\x1b[?25h"
-            )  # the cursor, which a progress bar hides and a kill would leave so
+            os.write(sys.stdout.fileno(), SHOW_CURSOR)  # which a progress bar hides
 
     for number in before:
         signal.signal(number, heed)
