@@ -240,6 +240,16 @@ def test_a_full_disk_costs_one_save(tmp_path, capfd, caplog):
     assert not [record for record in caplog.records if record.levelno > logging.INFO]
 
 
+def test_what_other_writes_say_later_is_not_heard(tmp_path, monkeypatch):
+    heard = []
+    monkeypatch.setattr(sys, "excepthook", lambda *said: heard.append(str(said[1])))
+    with Saver(tmp_path, 1):
+        for text in ("Event loop is closed", "of ours"):  # the first as a thread of tensorstore says it
+            sys.excepthook(RuntimeError, RuntimeError(text), None)
+    sys.excepthook(RuntimeError, RuntimeError("Event loop is closed"), None)
+    assert heard == ["of ours", "Event loop is closed"]
+
+
 def test_a_disk_that_stays_full(tmp_path, capfd):
     """Of many arrays some are still being written when the first has failed."""
     rng = np.random.default_rng(0)

@@ -201,7 +201,7 @@ def _one_line(path: pathlib.Path) -> Iterator[None]:
     levels, hooks = [logger.level for logger in loggers], (sys.unraisablehook, sys.excepthook)
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
-    sys.unraisablehook, sys.excepthook = hushed = _hushed(*hooks)
+    sys.unraisablehook, sys.excepthook = hushed = hushed_hooks(*hooks)
     try:
         yield
     except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
@@ -222,8 +222,8 @@ def _one_line(path: pathlib.Path) -> Iterator[None]:
         sys.unraisablehook, sys.excepthook = hooks
 
 
-def _hushed(unraisable: Callable[[Any], Any], uncaught: Callable[..., Any]) -> tuple[Any, Any]:
-    """Both hooks, but not for what is said, some time later, by reads beside one that has failed."""
+def hushed_hooks(unraisable: Callable[[Any], Any], uncaught: Callable[..., Any]) -> tuple[Any, Any]:
+    """Both hooks of sys, but not for what is said, some time later, by reads or writes beside one that has failed."""
     late = lambda error: "Event loop is closed" in str(error)  # noqa: E731
     return (
         lambda told: inspect.iscoroutine(told.object) or late(told.exc_value) or unraisable(told),

@@ -12,6 +12,7 @@ import os
 import pathlib
 import re
 import shutil
+import sys
 import tempfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -21,7 +22,17 @@ import jax.numpy as jnp
 from jax.experimental import multihost_utils
 from jaxtyping import Array, PyTree
 
-from tx_jax.checkpoint import BASE, CheckpointError, RunDir, home_of, latest_step, parts_of, saved_steps, valid_losses
+from tx_jax.checkpoint import (
+    BASE,
+    CheckpointError,
+    RunDir,
+    home_of,
+    hushed_hooks,
+    latest_step,
+    parts_of,
+    saved_steps,
+    valid_losses,
+)
 from tx_jax.errors import require
 from tx_jax.integrity import look, seal
 from tx_jax.processes import any_says, is_first
@@ -69,6 +80,8 @@ class Saver:
     def __enter__(self) -> "Saver":
         self.level = logging.getLogger("absl").level
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # where Orbax puts pages on what is one line here
+        self.hooks = sys.unraisablehook, sys.excepthook
+        sys.unraisablehook, sys.excepthook = hushed_hooks(*self.hooks)
         for turn in (True, False):  # the others read what the first process leaves
             if turn == is_first():
                 self.losses = valid_losses(self.run_dir) if self.keep_best else {}
@@ -80,6 +93,7 @@ class Saver:
         failed = self.failure(wait=True) if kind is None else None  # an error may be that of one process alone
         self.waiter.shutdown()
         logging.getLogger("absl").setLevel(self.level)
+        sys.unraisablehook, sys.excepthook = self.hooks
         if failed:
             raise self._lost(failed)
 

@@ -146,7 +146,7 @@ def heat(logits: Logits, temperature: Number, text: Text | None = None) -> Logit
 def keep_top_k(logits: Logits, k: Number, text: Text | None = None) -> Logits:
     """The k largest of the row. Ties with the last of them stay."""
     largest_first = -jnp.sort(-logits, axis=-1)
-    last = jnp.clip(_column(k), 1, logits.shape[-1]) - 1
+    last = jnp.clip(_column(k), 1, logits.shape[-1]).astype(jnp.int32) - 1  # k may be 5.0
     least = jnp.take_along_axis(largest_first, jnp.broadcast_to(last, (len(logits), 1)), axis=1)
     return jnp.where(logits < least, -jnp.inf, logits)
 
