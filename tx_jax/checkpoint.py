@@ -213,7 +213,7 @@ def _one_line(path: pathlib.Path) -> Iterator[None]:
         what = "a file of it" if leaf is None else leaf[1].replace(".", "/")
         why, hooks = f"{what} is lost or damaged ({type(error).__name__})", hushed  # from here on
         warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)
-        logging.getLogger("asyncio").addFilter(_not_of_orbax)
+        logging.getLogger("asyncio").addFilter(_was_retrieved)
         error.__traceback__ = None  # which holds other reads: most end here, where nobody hears
         gc.collect()
         raise CheckpointError(f"{path} cannot be read: {why}; {EARLIER}") from None
@@ -223,8 +223,8 @@ def _one_line(path: pathlib.Path) -> Iterator[None]:
         sys.unraisablehook, sys.excepthook = hooks
 
 
-def _not_of_orbax(record: logging.LogRecord) -> bool:
-    return "orbax" not in record.getMessage()
+def _was_retrieved(record: logging.LogRecord) -> bool:
+    return "exception was never retrieved" not in record.getMessage()
 
 
 def hushed_hooks(unraisable: Callable[[Any], Any], uncaught: Callable[..., Any]) -> tuple[Any, Any]:
