@@ -31,7 +31,7 @@ from tx_jax.training.optim import make_optimizer, make_schedule
 from tx_jax.training.report import Ready, Report, unless_full
 from tx_jax.training.resume import find_step, identity, resume, settle
 from tx_jax.training.start import first_state, make_assemble
-from tx_jax.training.step import TrainState, make_eval_step, make_train_step
+from tx_jax.training.step import Metrics, TrainState, make_eval_step, make_train_step
 from tx_jax.training.stopping import Stop, stopping
 from tx_jax.training.tasks import Task, open_task
 
@@ -130,24 +130,7 @@ def take_steps(run: Run, report: Report, step: int, state: TrainState, stop: Sto
     task, launch, batches = run.task, run.launch, run.batches
     cfg, train = task.cfg, task.cfg.train
     schedule, about = make_schedule(cfg.optim, train.n_steps), identity(cfg, task.tokenizer, task.sha256)
-    evaluate, assemble = launch.make_eval(make_eval_step(run.model)), make_assemble(cfg.lora)
-
-    def whole() -> dict:
-        parts = state.ema if cfg.keeps_mean else state.params, state.frozen
-        return assemble(*run.layouts.unstack(launch.host_state(parts)))
-
-    def look() -> dict[str, float]:
-        found: dict[str, float] = {}
-        if due(step, train.eval_every, train.n_steps):
-            with report.pause(metrics):
-                params = whole()
-                found = losses(evaluate, params, task)
-                report.validation(step, found | task.score(run.model, gathered(params)))
-        if due(step, train.sample_every, train.n_steps):
-            with report.pause(metrics):
-                key = jax.random.fold_in(jax.random.key(train.seed), step)
-                report.sample(step, task.sample(run.model, gathered(whole()), key))
-        return found
+    look = make_look(run, report)
 
     def failed(wait: bool, **then: str) -> bool:
         if why := save.failure(wait=wait):
@@ -179,7 +162,7 @@ def take_steps(run: Run, report: Report, step: int, state: TrainState, stop: Sto
             if logs or last:
                 report.training(step, metrics, schedule)
                 owed |= failed(wait=False)
-            found = {} if stops else look()
+            found = {} if stops else look(step, state, metrics)
             best = train.keep_best and found.get("valid_loss", math.inf) < save.best
             if saves or last or best or (owed and logs):
                 report.look()
@@ -187,13 +170,39 @@ def take_steps(run: Run, report: Report, step: int, state: TrainState, stop: Sto
                 if not owed:
                     keep()
             if stops:
-                look()  # whoever has asked may not wait for it
+                look(step, state, metrics)  # whoever has asked may not wait for it
         for _ in range(TRIES if step == train.n_steps else 0):  # there is no later save
             if asked(stop) or not failed(wait=True, then="The run waits for room, and tries again; Ctrl-C gives up"):
                 break
             time.sleep(PATIENCE)
             keep()
     return step, state
+
+
+def make_look(run: Run, report: Report) -> Callable[[int, TrainState, Metrics], dict[str, float]]:
+    """(step, state, its metrics) → the losses over what is held out, if they are due; a sample is logged, if it is."""
+    task, launch = run.task, run.launch
+    cfg, train = task.cfg, task.cfg.train
+    evaluate, assemble = launch.make_eval(make_eval_step(run.model)), make_assemble(cfg.lora)
+
+    def look(step: int, state: TrainState, metrics: Metrics) -> dict[str, float]:
+        def whole() -> dict:
+            parts = state.ema if cfg.keeps_mean else state.params, state.frozen
+            return assemble(*run.layouts.unstack(launch.host_state(parts)))
+
+        found: dict[str, float] = {}
+        if due(step, train.eval_every, train.n_steps):
+            with report.pause(metrics):
+                params = whole()
+                found = losses(evaluate, params, task)
+                report.validation(step, found | task.score(run.model, gathered(params)))
+        if due(step, train.sample_every, train.n_steps):
+            with report.pause(metrics):
+                key = jax.random.fold_in(jax.random.key(train.seed), step)
+                report.sample(step, task.sample(run.model, gathered(whole()), key))
+        return found
+
+    return look
 
 
 def prefetch(batches: "grain.IterDataset", ready: Callable[[Any], Ready]) -> Any:
