@@ -208,8 +208,7 @@ def test_a_harmed_file_is_told_of_in_one_line_alone(tmp_path):
     with Saver(tmp_path, 1) as save:
         save(3, big_state(np.random.default_rng(0)), DATA)
     reader = subprocess.run([sys.executable, "-c", HARMED, tmp_path], env=ENVIRONMENT, capture_output=True, text=True)
-    assert reader.returncode == 0, reader.stderr
-    assert not re.search("never awaited|Event loop is closed", reader.stderr), reader.stderr
+    assert (reader.returncode, reader.stderr) == (0, "")
 
 
 @contextlib.contextmanager

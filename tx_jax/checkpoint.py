@@ -33,6 +33,7 @@ BASE = "base"  # in a run directory: the parameters that adapters are beside, as
 ASIDE = ".aside"  # suffix of a step that a run has left for an earlier one
 EARLIER = "take an earlier step, by --resume or --step"
 LEAF = re.compile(r'"([^"/]+)/(?:c/[\d/]*|zarr\.json)"')  # of which tensorstore says that it cannot be read
+UNBEGUN = ("ignore", "coroutine '.*' was never awaited", RuntimeWarning)  # of reads beside one that has failed
 DAMAGED = "{} cannot be read: its metadata is damaged; " + EARLIER
 
 
@@ -203,7 +204,9 @@ def _one_line(path: pathlib.Path) -> Iterator[None]:
         logger.setLevel(logging.CRITICAL)
     sys.unraisablehook, sys.excepthook = hushed = hushed_hooks(*hooks)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings(*UNBEGUN)
+            yield
     except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
         raise  # which say nothing of the file
     except Exception as error:  # of any kind: damage shows as whatever the reader trips over
@@ -212,7 +215,7 @@ def _one_line(path: pathlib.Path) -> Iterator[None]:
         leaf = LEAF.search(str(error))
         what = "a file of it" if leaf is None else leaf[1].replace(".", "/")
         why, hooks = f"{what} is lost or damaged ({type(error).__name__})", hushed  # from here on
-        warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)
+        warnings.filterwarnings(*UNBEGUN)
         logging.getLogger("asyncio").addFilter(_was_retrieved)
         error.__traceback__ = None  # which holds other reads: most end here, where nobody hears
         gc.collect()
