@@ -29,6 +29,7 @@ def pytest_collection_modifyitems(items):
         items.sort(key=lambda item: (files[item.path], draw.random()))
 
 
+@pytest.hookimpl(trylast=True)  # when what a test has patched is mended
 def pytest_runtest_teardown(item):
     """A program takes some of the 65,530 maps of memory that Linux gives a process, and XLA crashes without."""
     maps = Path("/proc/self/maps")
