@@ -268,9 +268,9 @@ def test_refuses_another_run(tmp_path):
         claim_run_dir(tmp_path, changed(model__rotary=dataclasses.replace(RunConfig().model.rotary, base=5.0)))
     with refuses("a run with model.window=None, not 4, train.n_steps=2000, not 3000; use"):
         claim_run_dir(tmp_path, changed(model__window=4, train__n_steps=3000))
-    with refuses("data.path=None, not 'x', model.n_layers=6, not 1, optim.eps=1e-08, not 0.1, and 2 more; use"):
+    with refuses("data.batch_size=12, not 3, model.n_layers=6, not 1, optim.eps=1e-08, not 0.1, and 2 more; use"):
         more = {"train__seed": 1, "train__n_steps": 3000}
-        claim_run_dir(tmp_path, changed(model__n_layers=1, data__path="x", optim__eps=0.1, **more))
+        claim_run_dir(tmp_path, changed(model__n_layers=1, data__batch_size=3, optim__eps=0.1, **more))
     assert read_config(tmp_path) == RunConfig()
 
 

@@ -23,9 +23,9 @@ UNFINISHED_CONFIG = "config.json.tmp"
 LOCK = "lock"
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of file systems that have none, such as some over a network
 ANOTHER = "use another --run-dir"
-# Fields that may change when a run goes on: they do not enter the mathematics of a step.
+# Fields that may change when a run goes on: they do not enter the mathematics of a step. (Of a text, its SHA-256 does.)
 FREE = re.compile(
-    r"run_dir|profile|resume|change|mesh\..*|train\.(\w+_every|keep\w*|max_skipped|n_averaged|n_scored|sample_\w+|accumulate_steps|remat|scan_layers)"
+    r"run_dir|profile|resume|change|mesh\..*|data\.(corpus|(target_)?path)|train\.(\w+_every|keep\w*|max_skipped|n_averaged|n_scored|sample_\w+|accumulate_steps|remat|scan_layers)"
 )
 
 

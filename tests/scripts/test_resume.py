@@ -150,7 +150,7 @@ MISMATCHES = {  # flag: what the run was begun with, and what it is now
     "--data.valid-fraction 0.2": "data.valid_fraction=0.1, not 0.2; use another",
     "--data.tokenizer byte": "holds a run with another tokenizer, such as that of another text: of SHA-256 ",
     "--data.path {other}": "holds a run with another tokenizer, such as that of another text: of SHA-256 ",
-    "--data.path {same_letters}": "text.txt', not '{same_letters}'; use another",
+    "--data.path {same_letters}": "…, and that of data.path='{same_letters}' has ",
     "--optim.peak-lr 0.1": "optim.peak_lr=0.01, not 0.1; use another --run-dir, or its values, or --change optim.peak",
     "--optim.name lion": "optim.name='adamw', not 'lion'",
     "--optim.beta2 0.9": "optim.beta2=0.99, not 0.9",
@@ -208,6 +208,13 @@ def test_what_may_change_on_purpose(run, train, tiny, again, others, capsys):
     assert "train.n_steps=60, not 40" in told
     train([str(again / "config.json"), "--run-dir", str(again)])  # its config says so from now on
     assert "continuing after step 60 of 60" in capsys.readouterr().out
+
+
+def test_a_text_that_has_moved_is_the_same(text, train, tiny, again, tmp_path, capsys):
+    moved = shutil.copy(text, tmp_path / "moved.txt")
+    train([*tiny, "--run-dir", str(again), "--data.path", str(moved)])
+    out, err = capsys.readouterr()
+    assert (err, "continuing after step 40 of 40" in out) == ("", True)
 
 
 def test_the_best_checkpoint_stays(train, sample, tiny, tmp_path, capsys):

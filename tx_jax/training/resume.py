@@ -105,7 +105,9 @@ def _check_same(run_dir: Path, cfg: RunConfig, saved: dict[str, Any], now: dict[
     then, here = saved.get("config", {}), now["config"]
     changes = cfg.changes | {name for name in changes_of(run_dir) if then.get(name) != here.get(name)}
     held, text = saved["text_sha256"], now["text_sha256"]
-    rule = f"run_dir='{run_dir}' began with a text of SHA-256 {held[:8]}…, and this one has {text[:8]}…"
+    path = here["data.path"]
+    of = f"that of data.path={path!r} has" if path else "this one has"
+    rule = f"run_dir='{run_dir}' began with a text of SHA-256 {held[:8]}…, and {of} {text[:8]}…"
     remedy = "use another --run-dir, bring its text back, or begin with this one by --change data.path"
     require(held == text or changes & (TEXTS | {"data.mixture"}), f"{rule}; {remedy}")
     words = now["tokenizer_sha256"]
@@ -119,7 +121,7 @@ def _check_same(run_dir: Path, cfg: RunConfig, saved: dict[str, Any], now: dict[
         _say(f"{name} is {here[name]!r} from here on, and was {value!r}{also}")
     if held != text:
         _say(f"the text is that of SHA-256 {text[:8]}… from here on, and was that of {held[:8]}…")
-    anew = held != text or any(name.startswith(("data.", "train.seed")) and name not in TEXTS for name in old)
+    anew = held != text or any(name.startswith(("data.", "train.seed")) for name in old)
     if anew:
         _say("the data begin at their first batch")
     return anew
