@@ -29,13 +29,7 @@ from tx_jax.training.step import Metrics
 TRACED = 5  # steps of a profile
 UNREAD = 100  # steps that are looked at together, at most; and whose losses are what is usual
 SPIKE = 2.0  # times the median
-FULL = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EROFS,
-    errno.EIO,
-)  # what a disk without room, or that fails, says
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # of a disk without room, or that fails
 
 
 class Ready(NamedTuple):
@@ -57,18 +51,9 @@ class Report:
         self.unread: list[tuple[int, Metrics]] = []  # steps that were taken since then
         self.losses: deque[float] = deque(maxlen=UNREAD)
         self.quiet = not is_first()  # that process speaks for all
-        self.console = Console(
-            quiet=self.quiet, highlight=False, soft_wrap=True, force_jupyter=False
-        )  # plain lines in a notebook
-        columns = (
-            "step",
-            MofNCompleteColumn(),
-            BarColumn(),
-            TextColumn("{task.description}"),
-            TimeElapsedColumn(),
-            "ETA",
-            TimeRemainingColumn(),
-        )
+        self.console = Console(quiet=self.quiet, highlight=False, soft_wrap=True, force_jupyter=False)
+        shown = "step", MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+        columns = *shown, "ETA", TimeRemainingColumn()
         self.bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
         self.task = self.bar.add_task("compiling …", total=cfg.train.n_steps, completed=step)
         self.tracing: int | None = None  # the first step of a trace that is being taken
@@ -161,11 +146,9 @@ class Report:
         n = self.n_in_a_row
         if n >= self.cfg.train.max_skipped:
             before = [saved for saved in saved_steps(self.run_dir) if saved <= step - n]
-            back = (
-                f"--resume {before[-1]}, or an earlier step, with --change optim.peak-lr"
-                if before
-                else "use another --run-dir"
-            )
+            back = "use another --run-dir"
+            if before:
+                back = f"--resume {before[-1]}, or an earlier step, with --change optim.peak-lr"
             rule = f"{n} steps in a row, {step - n + 1} to {step}, had a loss or gradient that is not finite"
             raise InputError(f"{rule}; {back} and a lower --optim.peak-lr")
 
@@ -194,10 +177,8 @@ class Report:
         )
         self.bar.update(self.task, completed=step, description=text)
         if not self.console.is_terminal:
-            self.line(
-                f"step {step:>5}/{self.cfg.train.n_steps}  {text}"
-                + ("" if step == self.first else f"  ETA {_clock(left)}")
-            )
+            eta = "" if step == self.first else f"  ETA {_clock(left)}"
+            self.line(f"step {step:>5}/{self.cfg.train.n_steps}  {text}{eta}")
 
     def validation(self, step: int, values: dict[str, float]) -> None:
         """The loss over the whole validation split, and the scores of a part of it."""
