@@ -138,15 +138,13 @@ class Saver:
     def failure(self, *, wait: bool = False) -> str | None:
         """Why the last save is not on disk, told once. None: it is, or without `wait` may still be on its way.
 
-        Of many processes all are told when one has failed, and so only when all wait.
+        Of many processes, which must all ask at once, all are told when one has failed and all have ended.
         """
-        if jax.process_count() > 1 and not wait:
+        if not wait and any_says(self.pending is not None and not self.pending.done()):
             return None
-        done = self.pending if self.pending is not None and (wait or self.pending.done()) else None
-        if done is not None:
-            self.pending = None
-            if error := done.exception():
-                self._failed(_reason(error))
+        done, self.pending = self.pending, None
+        if done is not None and (error := done.exception()):
+            self._failed(_reason(error))
         if any_says(self.untold is not None) and self.untold is None:
             self._failed(ELSEWHERE)
         if done is not None:

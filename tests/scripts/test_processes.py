@@ -108,7 +108,8 @@ def test_what_one_process_cannot_save_none_does_and_the_run_goes_on(tiny, tmp_pa
     assert [code for _, code in ends] == [0, 0], ends
     why = f"step 2 is not saved in run_dir='{run_dir}': another process could not write its part"
     assert f"WARNING: {why}. The run goes on, and tries again" in ends[0][0]
-    assert saved_steps(run_dir) == [4]
+    assert [row for row in records(run_dir) if "unsaved" in row] == [{"step": 3, "unsaved": why}]  # the next report
+    assert saved_steps(run_dir) == [3, 4]
 
 
 def test_processes_of_other_flags_end_and_say_why(tiny, tmp_path):
