@@ -16,7 +16,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tx_jax.checkpoint import CheckpointError, latest_step, restore, restore_params
+from tx_jax.checkpoint import CheckpointError, latest_step, restore, restore_params, saved_steps
 from tx_jax.errors import InputError
 from tx_jax.integrity import sums
 from tx_jax.run_config import MeshConfig, RunConfig
@@ -350,3 +350,9 @@ def test_a_checkpoint_of_before_there_was_a_mean(tmp_path):
     found, data = restore(tmp_path, MovingNow(*make_state()))
     assert_same(found, MovingNow(*state))
     assert data == DATA
+
+
+def test_only_names_of_steps_are_steps(tmp_path):
+    for name in ("12", "0", "007", "²", "12.aside", "-3"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert saved_steps(tmp_path) == [0, 12]

@@ -318,8 +318,10 @@ def test_a_disk_that_fails_costs_saves_alone(tmp_path, monkeypatch):
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_is_not_finite_is_not_saved(tmp_path, bad):
     state = make_state(1)
-    state.params["b"]["c"] = state.params["b"]["c"].at[3].set(bad)
     with Saver(tmp_path, 2) as save:
+        save(1, state._replace(opt_state=jnp.array([1, bad])), DATA)
+        assert save.failure() == f"step 1 is not saved in run_dir='{tmp_path}': state/opt_state is not finite"
+        state.params["b"]["c"] = state.params["b"]["c"].at[3].set(bad)
         save(1, state, DATA)
         assert save.failure() == f"step 1 is not saved in run_dir='{tmp_path}': params/b/c is not finite"
     assert saved_steps(tmp_path) == []

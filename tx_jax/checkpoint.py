@@ -32,6 +32,7 @@ RunDir = str | os.PathLike[str]
 BASE = "base"  # in a run directory: the parameters that adapters are beside, as the step 0 of a run of its own
 ASIDE = ".aside"  # suffix of a step that a run has left for an earlier one
 EARLIER = "take an earlier step, by --resume or --step"
+STEP = re.compile("0|[1-9][0-9]*")  # the name of a checkpoint
 LEAF = re.compile(r'"([^"/]+)/(?:c/[\d/]*|zarr\.json)"')  # of which tensorstore says that it cannot be read
 UNBEGUN = ("ignore", "coroutine '.*' was never awaited", RuntimeWarning)  # of reads beside one that has failed
 DAMAGED = "{} cannot be read: its metadata is damaged; " + EARLIER
@@ -245,7 +246,7 @@ def home_of(run_dir: RunDir) -> pathlib.Path:
 
 def saved_steps(run_dir: RunDir) -> list[int]:
     """The steps whose checkpoints are there, in order."""
-    return sorted(int(path.name) for path in home_of(run_dir).glob("*") if path.name.isdigit())
+    return sorted(int(path.name) for path in home_of(run_dir).glob("*") if STEP.fullmatch(path.name))
 
 
 def step_dir(run_dir: RunDir, step: int | None) -> pathlib.Path:

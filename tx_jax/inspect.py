@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import json
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from tx_jax.models import EncoderDecoder, count_params
 from tx_jax.ops.attention import laid_attention
 from tx_jax.ops.masks import Mask
 from tx_jax.presets import MODELS
+from tx_jax.run_dir import read_metrics
 from tx_jax.translate import Translation
 
 
@@ -32,7 +32,7 @@ def plot_metrics(run_dir: str | Path) -> Path | None:
     from matplotlib.figure import Figure
 
     run_dir = Path(run_dir)
-    records = [json.loads(row) for row in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    records = read_metrics(run_dir)
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()

@@ -6,6 +6,7 @@ With one process each of these does nothing but its work.
 import argparse
 import json
 import re
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -47,6 +48,7 @@ def connect(args: list[str]) -> list[str]:
     except (ValueError, RuntimeError) as error:
         why = str(error).strip().split("\n")[0].rstrip(".")
         raise InputError(f"--coordinator {where} finds no other processes: {why:.120}; give HOST:PORT") from error
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))  # for which JAX has put a handler that goes on
     return rest
 
 
@@ -83,6 +85,17 @@ def first_says(function: Callable[[], int]) -> int:
 def any_says(number: int) -> int:
     """The highest number of any process, such as 1 for yes."""
     return number if jax.process_count() == 1 else int(multihost_utils.process_allgather(np.int32(number)).max())
+
+
+def one_says(text: str | None) -> str | None:
+    """What the first process says that says anything, up to 300 bytes of it; None: none does."""
+    if jax.process_count() == 1:
+        return text
+    mine = np.zeros(300, np.uint8)
+    raw = np.frombuffer((text or "").encode()[:300], np.uint8)
+    mine[: len(raw)] = raw
+    said = [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in multihost_utils.process_allgather(mine)]
+    return next(filter(None, said), None)
 
 
 def check_same(fields: dict[str, Any]) -> None:

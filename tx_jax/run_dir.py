@@ -6,6 +6,7 @@ And to one process at a time, which holds its `lock`.
 import contextlib
 import dataclasses
 import errno
+import json
 import os
 import pathlib
 import re
@@ -21,11 +22,12 @@ from tx_jax.run_config import CHANGEABLE, RunConfig
 RunDir = str | os.PathLike[str]
 UNFINISHED_CONFIG = "config.json.tmp"
 LOCK = "lock"
+METRICS = "metrics.jsonl"
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of file systems that have none, such as some over a network
 ANOTHER = "use another --run-dir"
-# Fields that may change when a run goes on: they do not enter the mathematics of a step. (Of a text, its SHA-256 does.)
+# Fields that may change when a run goes on: they do not enter the mathematics of a step.
 FREE = re.compile(
-    r"run_dir|profile|resume|change|mesh\..*|data\.(corpus|(target_)?path)|train\.(\w+_every|keep\w*|max_skipped|n_averaged|n_scored|sample_\w+|accumulate_steps|remat|scan_layers)"
+    r"run_dir|profile|resume|change|mesh\..*|train\.(\w+_every|keep\w*|max_skipped|n_averaged|n_scored|sample_\w+|accumulate_steps|remat|scan_layers)"
 )
 
 
@@ -123,15 +125,15 @@ def _is_used(run_dir: RunDir) -> bool:
     return used
 
 
-def check_run_dir(run_dir: RunDir, cfg: RunConfig) -> None:
+def check_run_dir(run_dir: RunDir, cfg: RunConfig, changes: frozenset[str] = frozenset()) -> None:
     """Hold `run_dir` to be a home for the run `cfg`: new, or one in which the same run goes on.
 
     Raises:
         InputError: run_dir is a file, holds other things, or a run that differs in a field that is neither FREE nor
-            among cfg.changes.
+            among the changes, or cfg's own.
     """
     if _is_used(run_dir):
-        check_fields(f"run_dir='{run_dir}' holds a run", fields_of(read_config(run_dir)), cfg, cfg.changes)
+        check_fields(f"run_dir='{run_dir}' holds a run", fields_of(read_config(run_dir)), cfg, cfg.changes | changes)
 
 
 def check_fields(where: str, old: dict[str, Any], cfg: RunConfig, changes: frozenset[str]) -> dict[str, Any]:
@@ -152,20 +154,32 @@ def check_fields(where: str, old: dict[str, Any], cfg: RunConfig, changes: froze
     return differ
 
 
-def claim_run_dir(run_dir: RunDir, cfg: RunConfig) -> None:
+def claim_run_dir(run_dir: RunDir, cfg: RunConfig, changes: frozenset[str] = frozenset()) -> None:
     """Make `run_dir` the home of the run `cfg`, by a config.json with its values, and all changes so far.
 
     Raises:
         InputError: as `check_run_dir`.
     """
-    check_run_dir(run_dir, cfg)
-    change = ",".join(sorted(cfg.changes | changes_of(run_dir))) or None
+    check_run_dir(run_dir, cfg, changes)
+    change = ",".join(sorted(cfg.changes | changes_of(run_dir).keys())) or None
     write_config(run_dir, dataclasses.replace(cfg, resume="auto", change=change))
 
 
-def changes_of(run_dir: RunDir) -> frozenset[str]:
-    """What the run in run_dir was told to change, so far."""
-    return read_config(run_dir).changes if _is_used(run_dir) else frozenset()
+def changes_of(run_dir: RunDir) -> dict[str, Any]:
+    """What the run in run_dir was told to change, so far, and to what."""
+    if not _is_used(run_dir):
+        return {}
+    cfg = read_config(run_dir)
+    return {name: fields_of(cfg)[name] for name in cfg.changes}
+
+
+def read_metrics(run_dir: RunDir) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl, without lines that a disk that failed has cut or joined."""
+    found = []
+    for line in (pathlib.Path(run_dir) / METRICS).read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found
 
 
 def fields_of(cfg: RunConfig) -> dict[str, Any]:

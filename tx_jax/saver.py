@@ -35,13 +35,13 @@ from tx_jax.checkpoint import (
 )
 from tx_jax.errors import require
 from tx_jax.integrity import look, seal
-from tx_jax.processes import any_says, is_first
+from tx_jax.processes import any_says, is_first, one_says
 
 UNFINISHED = ".orbax-checkpoint-tmp"  # Orbax's suffix of what is not whole (orbax TMP_DIR_SUFFIX)
 REASONS = re.compile(
     "No space left on device|Disk quota exceeded|File too large|Read-only file system|Input/output error"
 )
-ELSEWHERE = "another process could not write its part"
+TIMEOUT = 300  # seconds: of many processes, how long one waits for the others once it has written its part
 
 
 class Saver:
@@ -74,7 +74,8 @@ class Saver:
         self.step = 0  # of the last save
         self.pending: Future[None] | None = None  # while it is being written
         self.waiter = ThreadPoolExecutor(1)
-        self.untold: str | None = None
+        self.untold: str | None = None  # why this process has not saved it
+        self.told = False  # by all, that it is not saved
         self.losses: dict[int, float] = {}
 
     def __enter__(self) -> "Saver":
@@ -110,14 +111,13 @@ class Saver:
         newest = latest_step(self.run_dir)
         rule = f"step={step} is not after step {newest} in run_dir='{self.run_dir}'"
         require(newest is None or step > newest, f"{rule}; restore it, or use another --run-dir")
-        self.step = step
+        self.step, self.told = step, False
         self._tidy()
         # Orbax hangs at a NumPy scalar, and might read a NumPy array after its owner has changed it.
         parts = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jnp.array(x), parts_of(state))
         sums, flaws = look(parts)
-        why = self._refusal(parts, [name for name in flaws if not name.startswith("state/")])
-        if any_says(why is not None):
-            self._failed(why or ELSEWHERE)
+        self.untold = one_says(self._refusal(parts, flaws))
+        if self.untold:
             return
         copied = json.loads(json.dumps(data))  # `data` may be the iterator's own dict, which the next batch changes
         path = str(home_of(self.run_dir) / str(step))
@@ -125,10 +125,11 @@ class Saver:
         if math.isfinite(loss := copied.get("valid_loss", math.nan)):
             self.losses[step] = loss
         try:
-            writing = ocp.save_checkpointables_async(path, parts, custom_metadata=about)
+            with ocp.Context(async_options=ocp.options.AsyncOptions(timeout_secs=TIMEOUT)):
+                writing = ocp.save_checkpointables_async(path, parts, custom_metadata=about)
             self.pending = self.waiter.submit(writing.result)  # whose result(timeout=0) may end what is not done
         except OSError as error:
-            self._failed(_reason(error))
+            self.untold = _reason(error)
 
     @property
     def best(self) -> float:
@@ -138,28 +139,23 @@ class Saver:
     def failure(self, *, wait: bool = False) -> str | None:
         """Why the last save is not on disk, told once. None: it is, or without `wait` may still be on its way.
 
-        Of many processes, which must all ask at once, all are told when one has failed and all have ended.
+        Of many processes, which must all ask at once, all are told as soon as one of them has failed.
         """
-        if not wait and any_says(self.pending is not None and not self.pending.done()):
-            return None
-        done, self.pending = self.pending, None
-        if done is not None and (error := done.exception()):
-            self._failed(_reason(error))
-        if any_says(self.untold is not None) and self.untold is None:
-            self._failed(ELSEWHERE)
-        if done is not None:
+        if self.pending is not None and (wait or self.pending.done()):
+            error, self.pending = self.pending.exception(), None
+            self.untold = self.untold or (error and _reason(error))
             self._tidy()
-        told, self.untold = self.untold, None
-        return told
+        why, self.untold = one_says(self.untold), None
+        if not why or self.told:
+            return None
+        self.told = True
+        self.losses.pop(self.step, None)
+        return f"step {self.step} is not saved in run_dir='{self.run_dir}': {why}"
 
     def _lost(self, failed: str) -> CheckpointError:
         newest = latest_step(self.run_dir)
         kept = "and none before it is" if newest is None else f"and step {newest} is the newest that is"
         return CheckpointError(f"{failed}, {kept}; mend it, and run the same command again")
-
-    def _failed(self, why: str) -> None:
-        self.untold = f"step {self.step} is not saved in run_dir='{self.run_dir}': {why}"
-        self.losses.pop(self.step, None)
 
     def _refusal(self, parts: Any, flaws: list[str]) -> str | None:
         """Why they are not to be saved: one is not finite, or their disk has less room than they would take."""

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -106,10 +107,40 @@ def test_what_one_process_cannot_save_none_does_and_the_run_goes_on(tiny, tmp_pa
     run_dir = tmp_path / "run"
     ends = start(2, 1, "-c", NO_ROOM, *tiny, *SHORT, "--train.keep-best", "--mesh.fsdp", "2", "--run-dir", str(run_dir))
     assert [code for _, code in ends] == [0, 0], ends
-    why = f"step 2 is not saved in run_dir='{run_dir}': another process could not write its part"
+    why = f"step 2 is not saved in run_dir='{run_dir}': it needs 0.04 MB, and its disk has 0.00 left"
     assert f"WARNING: {why}. The run goes on, and tries again" in ends[0][0]
     assert [row for row in records(run_dir) if "unsaved" in row] == [{"step": 3, "unsaved": why}]  # the next report
     assert saved_steps(run_dir) == [3, 4]
+
+
+NO_FILE = """
+import resource, sys
+from train import main
+from tx_jax import saver
+saver.TIMEOUT = 5
+if sys.argv[-1] == "1":
+    call = saver.Saver.__call__
+    def cannot_write(self, step, state, data):  # at its first save
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100 if step == 2 else -1, -1))
+        call(self, step, state, data)
+    saver.Saver.__call__ = cannot_write
+main(sys.argv[1:])
+"""
+
+
+def test_what_one_process_fails_to_write_is_told_with_the_next_report(tiny, tmp_path):
+    run_dir = tmp_path / "run"
+    ends = start(2, 1, "-c", NO_FILE, *tiny, *SHORT, "--mesh.fsdp", "2", "--run-dir", str(run_dir))
+    assert [code for _, code in ends] == [0, 0], ends
+    why = f"step 2 is not saved in run_dir='{run_dir}': File too large"
+    assert [row["unsaved"] for row in records(run_dir) if "unsaved" in row] == [why]  # of the one that could not
+    assert saved_steps(run_dir)[-1] == 4
+
+
+def test_a_signal_ends_a_process_that_has_found_the_others():
+    connected = "import os, signal, sys, time; from tx_jax.processes import connect; connect(sys.argv[1:])"
+    ends = start(1, 1, "-c", f"{connected}; os.kill(os.getpid(), signal.SIGTERM); time.sleep(9)")
+    assert ends[0][1] == -signal.SIGTERM
 
 
 def test_processes_of_other_flags_end_and_say_why(tiny, tmp_path):

@@ -22,7 +22,7 @@ from tx_jax.run_dir import fields_of, locked
 from tx_jax.training import loop
 from tx_jax.training.report import Report
 from tx_jax.training.resume import _check_same as check_same
-from tx_jax.training.stopping import HEARD
+from tx_jax.training.stopping import HEARD, Stop
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # as in test_checkpoint.py
 
@@ -214,7 +214,8 @@ def test_a_text_that_has_moved_is_the_same(text, train, tiny, again, tmp_path, c
     moved = shutil.copy(text, tmp_path / "moved.txt")
     train([*tiny, "--run-dir", str(again), "--data.path", str(moved)])
     out, err = capsys.readouterr()
-    assert (err, "continuing after step 40 of 40" in out) == ("", True)
+    assert err == f"data.path is {str(moved)!r} from here on, and was {str(text)!r}\n"
+    assert "continuing after step 40 of 40" in out
 
 
 def test_the_best_checkpoint_stays(train, sample, tiny, tmp_path, capsys):
@@ -251,6 +252,51 @@ def test_other_data_begin_anew(run, train, tiny, again, others, capsys):
     with others["fewer_letters"].open("a") as file:  # but not for another text
         file.write("a")
     assert "began with a text of SHA-256" in refused(train, capsys, *tiny, *to)
+    to[to.index("--data.path") + 1] = str(others["same_letters"])  # nor at another place
+    assert "began with a text of SHA-256" in refused(train, capsys, *tiny, *to)
+
+
+def test_a_run_without_checkpoints_is_not_given_another_text(train, tiny, again, others, capsys):
+    shutil.rmtree(again / "checkpoints")
+    before = contents(again)
+    text = refused(train, capsys, *tiny, "--run-dir", again, "--data.path", others["same_letters"])
+    assert "holds a run with data.path=" in text
+    assert contents(again) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_whose_reader_has_gone_is_saved(child, tiny, tmp_path, number):
+    run_dir = tmp_path / "run"
+    process = child("train.py", *tiny, "--run-dir", str(run_dir), "--train.log-every", "1", "--train.n-steps", "100000")
+    while "step     2" not in (line := process.stdout.readline()):
+        assert line
+    process.stdout.close()  # as tee does, of Ctrl-C
+    process.stderr.close()
+    process.send_signal(number)
+    assert process.wait(timeout=100) == 128 + number
+    assert latest_step(run_dir) >= 2
+
+
+def test_a_signal_that_comes_while_others_are_asked_is_kept(monkeypatch):
+    stop = Stop()
+
+    def waits(number):
+        stop.number = signal.SIGTERM
+        return number
+
+    monkeypatch.setattr(loop, "any_says", waits)
+    assert not loop.asked(stop)
+    assert loop.asked(stop)
+
+
+def test_what_a_failed_disk_and_a_kill_left_is_no_obstacle(run, train, again, capsys):
+    with (again / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 20, "lo{"step": 20, "loss": 1}\n')
+    (again / "tokenizer" / "tokenizer.json.1.part").write_text("{")
+    train([str(again / "config.json"), "--run-dir", str(again), "--resume", "20"])
+    assert_same_params(run, again)
+    assert "lo{" not in (again / "metrics.jsonl").read_text()
+    assert [path.name for path in (again / "tokenizer").iterdir()] == ["tokenizer.json"]
 
 
 def test_other_shares_of_a_mixture_begin_anew(tmp_path):

@@ -31,8 +31,11 @@ def replace_file(path: Path, content: bytes) -> None:
     """Write a file, and its directory if need be; a reader sees the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_bytes(content)
-    os.replace(part, path)
+    try:
+        part.write_bytes(content)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def utf8(text: str) -> bytes:

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     import grain
 
 TRIES, PATIENCE = 60, 10  # of a last save that fails; seconds
+ASK_EVERY = 10  # steps: many processes wait for each other as they ask whether one of them is to stop
 
 
 def fit(cfg: RunConfig, stop: Stop | None = None) -> TrainState:
@@ -157,7 +158,7 @@ def take_steps(run: Run, report: Report, step: int, state: TrainState, stop: Sto
             step += 1
             report.took(step, metrics)
             logs, saves = due(step, train.log_every) or step == report.first, due(step, train.save_every)
-            stops = (jax.process_count() == 1 or logs or saves) and asked(stop)  # processes ask where they wait anyway
+            stops = (jax.process_count() == 1 or logs or saves or due(step, ASK_EVERY)) and asked(stop)
             last = stops or step == train.n_steps  # which is always saved
             if logs or last:
                 report.training(step, metrics, schedule)
@@ -228,8 +229,9 @@ def make_layouts(cfg: RunConfig) -> Layouts:
 
 def asked(stop: Stop) -> bool:
     """Whether a signal has come to any process; all then end with its code."""
-    stop.number = any_says(stop.number)
-    return stop.number > 0
+    said = any_says(stop.number)  # while it waits for others, a signal may come
+    stop.number = stop.number or said
+    return said > 0
 
 
 def due(step: int, every: int, end: int | None = None) -> bool:

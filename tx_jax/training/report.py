@@ -23,6 +23,7 @@ from tx_jax.memory import memory_in_use
 from tx_jax.models import count_params
 from tx_jax.processes import first_says, is_first
 from tx_jax.run_config import RunConfig
+from tx_jax.run_dir import METRICS, read_metrics
 from tx_jax.training.peaks import peak_flops
 from tx_jax.training.step import Metrics
 
@@ -51,7 +52,7 @@ class Report:
         self.unread: list[tuple[int, Metrics]] = []  # steps that were taken since then
         self.losses: deque[float] = deque(maxlen=UNREAD)
         self.quiet = not is_first()  # that process speaks for all
-        self.console = Console(quiet=self.quiet, highlight=False, soft_wrap=True, force_jupyter=False)
+        self.console = _Console(quiet=self.quiet, highlight=False, soft_wrap=True, force_jupyter=False)
         shown = "step", MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
         columns = *shown, "ETA", TimeRemainingColumn()
         self.bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
@@ -63,7 +64,7 @@ class Report:
         self.n_in_a_row = first_says(lambda: next(n for n in range(step + 1) if step - n not in skipped))
         ended = [name for row in rows if row["step"] == cfg.train.n_steps for name in row]
         self.tested = first_says(lambda: any(name.startswith("test_") for name in ended))  # by a run before
-        files = ("metrics.jsonl", "samples.txt")
+        files = (METRICS, "samples.txt")
         self.metrics, self.samples = (_Lines(Path(os.devnull) if self.quiet else self.run_dir / name) for name in files)
         self.metrics.path.touch()
         self.since, self.done = time.perf_counter(), step  # of the speed being measured
@@ -227,6 +228,13 @@ class Report:
         self.since += time.perf_counter() - start
 
 
+class _Console(Console):
+    """A run goes on when who reads what it says has gone, as tee goes by the Ctrl-C that asks the run to save."""
+
+    def on_broken_pipe(self) -> None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())  # or Python's last flush would complain
+
+
 class _Lines:
     """A file that grows by whole lines. What a full disk does not take is kept, and goes with the next."""
 
@@ -259,15 +267,14 @@ def unless_full() -> Iterator[None]:
 
 def _cut(run_dir: Path, step: int) -> list[dict[str, Any]]:
     """The records of metrics.jsonl, which it and samples.txt keep, up to `step`: later steps will be taken again."""
-    path, samples = run_dir / "metrics.jsonl", run_dir / "samples.txt"
+    path, samples = run_dir / METRICS, run_dir / "samples.txt"
     if samples.exists():
         heads = re.finditer(rb"^=== step (\d+)$", samples.read_bytes(), re.MULTILINE)
         ends = [head.start() for head in heads if int(head[1]) > step]
         os.truncate(samples, min(ends, default=samples.stat().st_size))
     if not path.exists():
         return []
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-    rows = [row for row in map(json.loads, lines) if row["step"] <= step]
+    rows = [row for row in read_metrics(run_dir) if row["step"] <= step]
     new = path.with_suffix(".new")
     new.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     new.replace(path)

@@ -12,10 +12,10 @@ from tx_jax.data.vocabulary_files import find_tokenizer, fingerprint
 from tx_jax.errors import require
 from tx_jax.processes import is_first
 from tx_jax.run_config import RunConfig
-from tx_jax.run_dir import changes_of, check_fields, check_run_dir, claim_run_dir, fields_of
+from tx_jax.run_dir import METRICS, changes_of, check_fields, check_run_dir, claim_run_dir, fields_of
 from tx_jax.training.step import TrainState
 
-TEXTS = frozenset({"data.path", "data.corpus", "data.target_path"})  # fields that name a text, and no more
+TEXTS = frozenset({"data.path", "data.corpus", "data.target_path"})  # name a text, which is known by its SHA-256
 
 
 def find_step(run_dir: Path, cfg: RunConfig, tokenizer: AnyTokenizer) -> int:
@@ -29,9 +29,9 @@ def find_step(run_dir: Path, cfg: RunConfig, tokenizer: AnyTokenizer) -> int:
     rule = f"run_dir='{run_dir}' holds a run with another tokenizer, such as that of another text"
     remedy = "use another --run-dir, or its text, --data.tokenizer and --init"
     require(held in (None, tokenizer), f"{rule}: of SHA-256 {then[:8]}…, not {now[:8]}…; {remedy}")
-    check_run_dir(run_dir, cfg)
     newest, how, end = checkpoint.latest_step(run_dir), cfg.resume, cfg.train.n_steps
     step = newest or 0
+    check_run_dir(run_dir, cfg, TEXTS if step else frozenset())
     if how.isdecimal():
         require(int(how), f"resume={how!r} is before the first step; use another --run-dir to begin anew")
         step = int(checkpoint.step_dir(run_dir, int(how)).name)
@@ -41,14 +41,16 @@ def find_step(run_dir: Path, cfg: RunConfig, tokenizer: AnyTokenizer) -> int:
     require(how != "must" or newest is not None, f"{rule}; give the --run-dir of a run, or leave out --resume")
     rule = f"train.n_steps={end} is before step {step}, up to which run_dir='{run_dir}' has come"
     require(step <= end, f"{rule}; give more, or --resume an earlier step")
-    if newest is None and (run_dir / "metrics.jsonl").exists():
+    if newest is None and (run_dir / METRICS).exists():
         _say(f"WARNING: run_dir='{run_dir}' has a log but no checkpoint: the run begins anew")
     return step
 
 
 def settle(run_dir: Path, cfg: RunConfig, tokenizer: AnyTokenizer) -> int:
     """Write down that the run is this one: all that may be refused has not been."""
-    claim_run_dir(run_dir, cfg)
+    claim_run_dir(run_dir, cfg, TEXTS)
+    for part in (run_dir / "tokenizer").glob("*.part"):  # of a kill
+        part.unlink(missing_ok=True)
     tokenizer.save(run_dir / "tokenizer")
     return 0
 
@@ -97,13 +99,14 @@ def resume(
 def _check_same(run_dir: Path, cfg: RunConfig, saved: dict[str, Any], now: dict[str, Any]) -> bool:
     """Whether the data, or their order, are others than those that a checkpoint was saved with, as was asked for.
 
-    What was asked for before counts where config.json says otherwise than the checkpoint: none was saved since.
+    What was asked for before counts where config.json says so, and the checkpoint does not: none was saved since.
 
     Raises:
         InputError: it was not, or another field differs.
     """
     then, here = saved.get("config", {}), now["config"]
-    changes = cfg.changes | {name for name in changes_of(run_dir) if then.get(name) != here.get(name)}
+    asked = changes_of(run_dir).items()
+    changes = cfg.changes | {name for name, value in asked if then.get(name) != here[name] == value}
     held, text = saved["text_sha256"], now["text_sha256"]
     path = here["data.path"]
     of = f"that of data.path={path!r} has" if path else "this one has"
@@ -114,14 +117,14 @@ def _check_same(run_dir: Path, cfg: RunConfig, saved: dict[str, Any], now: dict[
     theirs = saved.get("tokenizer_sha256", words)  # 0.1 did not say
     rule = f"run_dir='{run_dir}' has a checkpoint with a tokenizer of SHA-256 {theirs[:8]}…, not {words[:8]}…"
     require(theirs == words, f"{rule}; bring tokenizer/ back, or use another --run-dir")
-    old = check_fields(f"run_dir='{run_dir}' has a checkpoint of a run", then, cfg, changes)
+    old = check_fields(f"run_dir='{run_dir}' has a checkpoint of a run", then, cfg, changes | TEXTS)
     for name, value in old.items():
         ends = name == "train.n_steps" and cfg.optim.schedule != "constant"
         also = f"; its {cfg.optim.schedule} schedule ends there, too" if ends else ""
         _say(f"{name} is {here[name]!r} from here on, and was {value!r}{also}")
     if held != text:
         _say(f"the text is that of SHA-256 {text[:8]}… from here on, and was that of {held[:8]}…")
-    anew = held != text or any(name.startswith(("data.", "train.seed")) for name in old)
+    anew = held != text or any(name.startswith(("data.", "train.seed")) and name not in TEXTS for name in old)
     if anew:
         _say("the data begin at their first batch")
     return anew

@@ -44,7 +44,7 @@ def open_start(cfg: RunConfig, make_tokenizer: Callable[[], AnyTokenizer], speci
     """
     goes_on = latest_step(cfg.run_dir)  # 0: weights that were put there, with which nothing was trained
     if cfg.init is None:
-        changes = cfg.changes | changes_of(cfg.run_dir) if goes_on else ()
+        changes = cfg.changes | changes_of(cfg.run_dir).keys() if goes_on else ()
         keeps = any(name.startswith("data.") for name in changes)  # in other data, its own words
         tokenizer = load_tokenizer(cfg.run_dir) if keeps else make_tokenizer()
         return Start(dataclasses.replace(cfg, model=fill_vocabulary(cfg.model, tokenizer)), tokenizer)

@@ -40,7 +40,8 @@ def stopping(stop: Stop) -> Iterator[None]:
     def heed(number: int, frame: object) -> None:
         stop.number = number
         restore()
-        os.write(2, HEARD)  # at once: in a signal handler, print may meet itself
+        with contextlib.suppress(OSError):  # who reads may have gone by the same Ctrl-C, as tee does
+            os.write(2, HEARD)  # at once: in a signal handler, print may meet itself
         if sys.stdout is not None and sys.stdout.isatty():
             os.write(sys.stdout.fileno(), SHOW_CURSOR)  # which a progress bar hides
 
