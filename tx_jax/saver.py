@@ -41,7 +41,7 @@ UNFINISHED = ".orbax-checkpoint-tmp"  # Orbax's suffix of what is not whole (orb
 REASONS = re.compile(
     "No space left on device|Disk quota exceeded|File too large|Read-only file system|Input/output error"
 )
-TIMEOUT = 300  # seconds: of many processes, how long one waits for the others once it has written its part
+TIMEOUT = 1200  # seconds that a save may take; so long a process waits for another that could not write its part
 
 
 class Saver:
@@ -151,6 +151,10 @@ class Saver:
         self.told = True
         self.losses.pop(self.step, None)
         return f"step {self.step} is not saved in run_dir='{self.run_dir}': {why}"
+
+    def is_stuck(self) -> bool:
+        """Whether a process still waits for one that could not write its part: a save would wait, too."""
+        return any_says(self.told and self.pending is not None and not self.pending.done()) > 0
 
     def _lost(self, failed: str) -> CheckpointError:
         newest = latest_step(self.run_dir)

@@ -167,7 +167,8 @@ def take_steps(run: Run, report: Report, step: int, state: TrainState, stop: Sto
             best = train.keep_best and found.get("valid_loss", math.inf) < save.best
             if saves or last or best or (owed and logs):
                 report.look()
-                owed = report.n_in_a_row > 0 and not last  # it would push out what is from before the skipped steps
+                # After skipped steps it would push out what is from before them.
+                owed = not last and (report.n_in_a_row > 0 or save.is_stuck())
                 if not owed:
                     keep()
             if stops:
