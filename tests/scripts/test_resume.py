@@ -308,6 +308,8 @@ def test_other_shares_of_a_mixture_begin_anew(tmp_path):
         check_same(tmp_path, now, saved, here)
     assert check_same(tmp_path, dataclasses.replace(now, change="data.mixture"), saved, here)
     assert not check_same(tmp_path, then, saved, saved)
+    moved = RunConfig(data=dataclasses.replace(data, mixture="/there/wiki=3,code=1"))
+    assert not check_same(tmp_path, moved, saved, {"config": fields_of(moved)} | sums)
 
 
 def test_a_save_that_skipped_steps_put_off_is_made_up_for(run, train, tiny, tmp_path, monkeypatch):

@@ -14,8 +14,10 @@ from tx_jax.processes import is_first
 from tx_jax.run_config import RunConfig
 from tx_jax.run_dir import METRICS, changes_of, check_fields, check_run_dir, claim_run_dir, fields_of
 from tx_jax.training.step import TrainState
+from tx_jax.training.tasks import parse_mixture
 
-TEXTS = frozenset({"data.path", "data.corpus", "data.target_path"})  # name a text, which is known by its SHA-256
+MIXTURE = "data.mixture"
+TEXTS = frozenset({"data.path", "data.corpus", "data.target_path", MIXTURE})  # name texts, known by their SHA-256
 
 
 def find_step(run_dir: Path, cfg: RunConfig, tokenizer: AnyTokenizer) -> int:
@@ -112,22 +114,27 @@ def _check_same(run_dir: Path, cfg: RunConfig, saved: dict[str, Any], now: dict[
     of = f"that of data.path={path!r} has" if path else "this one has"
     rule = f"run_dir='{run_dir}' began with a text of SHA-256 {held[:8]}…, and {of} {text[:8]}…"
     remedy = "use another --run-dir, bring its text back, or begin with this one by --change data.path"
-    require(held == text or changes & (TEXTS | {"data.mixture"}), f"{rule}; {remedy}")
+    require(held == text or changes & TEXTS, f"{rule}; {remedy}")
     words = now["tokenizer_sha256"]
     theirs = saved.get("tokenizer_sha256", words)  # 0.1 did not say
     rule = f"run_dir='{run_dir}' has a checkpoint with a tokenizer of SHA-256 {theirs[:8]}…, not {words[:8]}…"
     require(theirs == words, f"{rule}; bring tokenizer/ back, or use another --run-dir")
-    old = check_fields(f"run_dir='{run_dir}' has a checkpoint of a run", then, cfg, changes | TEXTS)
+    names = TEXTS if _shares(then) == _shares(here) else TEXTS - {MIXTURE}
+    old = check_fields(f"run_dir='{run_dir}' has a checkpoint of a run", then, cfg, changes | names)
     for name, value in old.items():
         ends = name == "train.n_steps" and cfg.optim.schedule != "constant"
         also = f"; its {cfg.optim.schedule} schedule ends there, too" if ends else ""
         _say(f"{name} is {here[name]!r} from here on, and was {value!r}{also}")
     if held != text:
         _say(f"the text is that of SHA-256 {text[:8]}… from here on, and was that of {held[:8]}…")
-    anew = held != text or any(name.startswith(("data.", "train.seed")) and name not in TEXTS for name in old)
+    anew = held != text or any(name.startswith(("data.", "train.seed")) and name not in names for name in old)
     if anew:
         _say("the data begin at their first batch")
     return anew
+
+
+def _shares(fields: dict[str, Any]) -> list[float]:
+    return [share for _, share in parse_mixture(fields[MIXTURE])] if fields.get(MIXTURE) else []
 
 
 def _say(text: str) -> None:
