@@ -315,6 +315,17 @@ def test_a_disk_that_fails_costs_saves_alone(tmp_path, monkeypatch):
         assert saved_steps(tmp_path) == [3]
 
 
+def test_a_best_that_is_not_saved_leaves_the_best_that_is(tmp_path):
+    with Saver(tmp_path, 1, keep_best=True) as save:
+        for step, loss in ((1, 3.0), (2, 3.5)):
+            save(step, make_state(step), DATA | {"valid_loss": loss})
+        assert save.failure(wait=True) is None
+        with no_larger_files(100):
+            save(3, make_state(3), DATA | {"valid_loss": 2.9})
+            assert save.failure(wait=True) == f"step 3 is not saved in run_dir='{tmp_path}': File too large"
+        assert (saved_steps(tmp_path), save.best) == ([1, 2], 3.0)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_is_not_finite_is_not_saved(tmp_path, bad):
     state = make_state(1)

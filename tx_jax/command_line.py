@@ -69,7 +69,8 @@ def one_line_errors() -> Iterator[None]:
         sys.exit(141)
     except (InputError, OSError, MemoryError) as error:
         why = "out of memory; ask for less, such as a smaller batch: " if isinstance(error, MemoryError) else ""
-        print("error:", why + " ".join(str(error).splitlines()), file=sys.stderr)
+        with contextlib.suppress(OSError):
+            print("error:", why + " ".join(str(error).splitlines()), file=sys.stderr)
         sys.exit(2)
 
 

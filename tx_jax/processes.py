@@ -87,15 +87,18 @@ def any_says(number: int) -> int:
     return number if jax.process_count() == 1 else int(multihost_utils.process_allgather(np.int32(number)).max())
 
 
-def one_says(text: str | None) -> str | None:
-    """What the first process says that says anything, up to 300 bytes of it; None: none does."""
+def one_says(text: str | None, rather_not: str = "") -> str | None:
+    """What a process says, up to 300 bytes: the first that says anything, or anything without `rather_not` in it.
+
+    None: none does.
+    """
     if jax.process_count() == 1:
         return text
     mine = np.zeros(300, np.uint8)
     raw = np.frombuffer((text or "").encode()[:300], np.uint8)
     mine[: len(raw)] = raw
     said = [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in multihost_utils.process_allgather(mine)]
-    return next(filter(None, said), None)
+    return min(filter(None, said), key=lambda one: rather_not in one, default=None)
 
 
 def check_same(fields: dict[str, Any]) -> None:

@@ -41,7 +41,8 @@ UNFINISHED = ".orbax-checkpoint-tmp"  # Orbax's suffix of what is not whole (orb
 REASONS = re.compile(
     "No space left on device|Disk quota exceeded|File too large|Read-only file system|Input/output error"
 )
-TIMEOUT = 1200  # seconds that a save may take; so long a process waits for another that could not write its part
+TIMEOUT = 1200  # seconds that a save may take, as Orbax has it; so long a process waits for another that has failed
+LATE = "TimeoutError"  # of such a wait, which does not say why the other has failed
 
 
 class Saver:
@@ -122,14 +123,14 @@ class Saver:
         copied = json.loads(json.dumps(data))  # `data` may be the iterator's own dict, which the next batch changes
         path = str(home_of(self.run_dir) / str(step))
         about = seal({"data": copied, "sums": sums})
-        if math.isfinite(loss := copied.get("valid_loss", math.nan)):
-            self.losses[step] = loss
         try:
             with ocp.Context(async_options=ocp.options.AsyncOptions(timeout_secs=TIMEOUT)):
                 writing = ocp.save_checkpointables_async(path, parts, custom_metadata=about)
             self.pending = self.waiter.submit(writing.result)  # whose result(timeout=0) may end what is not done
         except OSError as error:
             self.untold = _reason(error)
+        if math.isfinite(loss := copied.get("valid_loss", math.nan)):
+            self.losses[step] = loss
 
     @property
     def best(self) -> float:
@@ -139,18 +140,20 @@ class Saver:
     def failure(self, *, wait: bool = False) -> str | None:
         """Why the last save is not on disk, told once. None: it is, or without `wait` may still be on its way.
 
-        Of many processes, which must all ask at once, all are told as soon as one of them has failed.
+        Of many processes, which must all ask at once, all are told as soon as one of them has failed, or with `wait`
+        when all have ended.
         """
-        if self.pending is not None and (wait or self.pending.done()):
+        ended = self.pending is not None and (wait or self.pending.done())
+        if ended:
             error, self.pending = self.pending.exception(), None
             self.untold = self.untold or (error and _reason(error))
-            self._tidy()
-        why, self.untold = one_says(self.untold), None
-        if not why or self.told:
-            return None
-        self.told = True
-        self.losses.pop(self.step, None)
-        return f"step {self.step} is not saved in run_dir='{self.run_dir}': {why}"
+        why, self.untold = one_says(self.untold, rather_not=LATE), None
+        told, self.told = self.told, self.told or why is not None
+        if why:
+            self.losses.pop(self.step, None)
+        if ended:
+            self._tidy()  # by the losses of what is there
+        return f"step {self.step} is not saved in run_dir='{self.run_dir}': {why}" if why and not told else None
 
     def is_stuck(self) -> bool:
         """Whether a process still waits for one that could not write its part: a save would wait, too."""

@@ -114,27 +114,30 @@ def test_what_one_process_cannot_save_none_does_and_the_run_goes_on(tiny, tmp_pa
 
 
 NO_FILE = """
-import resource, sys
+import resource, sys, time
 from train import main
 from tx_jax import saver
 saver.TIMEOUT = 5
-if sys.argv[-1] == "1":
+if sys.argv[-1] == sys.argv.pop(1):
     call = saver.Saver.__call__
     def cannot_write(self, step, state, data):  # at its first save
         resource.setrlimit(resource.RLIMIT_FSIZE, (100 if step == 2 else -1, -1))
         call(self, step, state, data)
+        while step == 2 and not self.pending.done():
+            time.sleep(0.1)
     saver.Saver.__call__ = cannot_write
 main(sys.argv[1:])
 """
 
 
-def test_what_one_process_fails_to_write_is_told_with_the_next_report(tiny, tmp_path):
+@pytest.mark.parametrize("who", ["0", "1"])
+def test_what_one_process_fails_to_write_is_told_and_the_run_waits_for_none(tiny, tmp_path, who):
     run_dir = tmp_path / "run"
-    ends = start(2, 1, "-c", NO_FILE, *tiny, *SHORT, "--mesh.fsdp", "2", "--run-dir", str(run_dir))
+    ends = start(2, 1, "-c", NO_FILE, who, *tiny, *SHORT, "--mesh.fsdp", "2", "--run-dir", str(run_dir))
     assert [code for _, code in ends] == [0, 0], ends
     why = f"step 2 is not saved in run_dir='{run_dir}': File too large"
-    assert [row["unsaved"] for row in records(run_dir) if "unsaved" in row] == [why]  # of the one that could not
-    assert saved_steps(run_dir)[-1] == 4
+    assert [row for row in records(run_dir) if "unsaved" in row] == [{"step": 3, "unsaved": why}]
+    assert saved_steps(run_dir) == [4]  # at 3 the other still waited
 
 
 def test_a_signal_ends_a_process_that_has_found_the_others():

@@ -167,6 +167,7 @@ def take_steps(run: Run, report: Report, step: int, state: TrainState, stop: Sto
             best = train.keep_best and found.get("valid_loss", math.inf) < save.best
             if saves or last or best or (owed and logs):
                 report.look()
+                failed(wait=False)
                 # After skipped steps it would push out what is from before them.
                 owed = not last and (report.n_in_a_row > 0 or save.is_stuck())
                 if not owed:
