@@ -143,15 +143,15 @@ class Saver:
         Of many processes, which must all ask at once, all are told as soon as one of them has failed, or with `wait`
         when all have ended.
         """
-        ended = self.pending is not None and (wait or self.pending.done())
-        if ended:
-            error, self.pending = self.pending.exception(), None
+        ended = self.pending if self.pending is not None and (wait or self.pending.done()) else None
+        if ended is not None:
+            error, self.pending = ended.exception(), None
             self.untold = self.untold or (error and _reason(error))
         why, self.untold = one_says(self.untold, rather_not=LATE), None
         told, self.told = self.told, self.told or why is not None
         if why:
             self.losses.pop(self.step, None)
-        if ended:
+        if ended is not None:
             self._tidy()  # by the losses of what is there
         return f"step {self.step} is not saved in run_dir='{self.run_dir}': {why}" if why and not told else None
 
