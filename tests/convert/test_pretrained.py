@@ -247,14 +247,14 @@ def test_a_path_is_no_name():
 
 def test_a_config_of_many_layers_is_refused_at_once(whole, tmp_path):
     types = ["sliding_attention"] * 999 + ["full_attention"]
-    started = time.perf_counter()
+    started = time.process_time()
     _, cfg = read_family(QWEN3 | {"num_hidden_layers": 1000, "layer_types": types}, "config.json")
     assert cfg.window_pattern == "w" * 999 + "f"
     empty = {f"{i}": np.ones((0,), np.float32) for i in range(3000)}
     gpt2 = {"architectures": ["GPT2LMHeadModel"], "n_layer": 3000, "n_embd": 8, "n_head": 2}
     with pytest.raises(InputError, match="has 3000 layers, more than 1000"):
         tx.load_pretrained(put(tmp_path, gpt2, empty))
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
 
 
 def test_t5_v11_has_a_head_of_its_own(tmp_path):

@@ -160,10 +160,10 @@ def test_a_template_that_misbehaves_is_refused(template, reason):
 )
 def test_a_hostile_template_takes_little_time_and_none_of_our_memory(template, reason):
     resource = pytest.importorskip("resource")
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     with pytest.raises(InputError, match=rf"^the chat template fails \(.*({reason}).*\); use the template of"):
         render_chat(template, CHAT)
-    assert time.perf_counter() - start < 3
+    assert time.process_time() - start < 3
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 30_000  # in KiB
 
 

@@ -229,11 +229,11 @@ CHILD = """
 import pathlib, re, sys, time, sentencepiece, tokenizers
 from tx_jax.data.vocabulary_files import find_tokenizer
 def memory(key): return int(re.search(rf"{key}:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])
-before, started = memory("VmRSS"), time.perf_counter()
+before, started = memory("VmRSS"), time.process_time()
 try:
     find_tokenizer(sys.argv[1])
 except ValueError as error:
-    print(time.perf_counter() - started, (memory("VmHWM") - before) / 1024, error)
+    print(time.process_time() - started, (memory("VmHWM") - before) / 1024, error)
 """
 BOMBS = [  # file, what it repeats, how often; more than what
     ("tokenizer_config.json", b"[],", 5_000_000, "of the characters ',[{', more than 524288"),
