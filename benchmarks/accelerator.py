@@ -18,7 +18,7 @@ import numpy as np
 import tyro
 
 import tx_jax as tx
-from tx_jax.complexity import make_train_flops
+from tx_jax.complexity.train_flops import make_train_flops
 from tx_jax.config import ModelConfig
 from tx_jax.ops.kernels import OF_BACKEND
 from tx_jax.parallel import jit_step

@@ -18,7 +18,7 @@ import numpy as np
 
 import tx_jax as tx
 from tx_jax import Batch, MeshConfig, ModelConfig
-from tx_jax.complexity import make_train_flops
+from tx_jax.complexity.train_flops import make_train_flops
 from tx_jax.models import count_params
 from tx_jax.presets import llama3_2_1b
 

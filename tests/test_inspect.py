@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import re
 import sys
 import typing
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +17,19 @@ import pytest
 import tx_jax as tx
 from tx_jax import config
 from tx_jax.config import ModelConfig
-from tx_jax.inspect import README, cross_attention, draw, gallery, plot_attention, plot_metrics
+from tx_jax.inspect.architecture import README, draw, gallery
+from tx_jax.inspect.look import entropy, logit_lens, look
+from tx_jax.inspect.page import browse
+from tx_jax.inspect.plots import (
+    MASKS,
+    check_picture,
+    plot_attention,
+    plot_cache,
+    plot_heads,
+    plot_masks,
+    plot_positions,
+    save_metrics,
+)
 from tx_jax.presets import MODELS
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -128,53 +142,187 @@ def write_metrics(run_dir):
 
 
 def test_losses_are_plotted(tmp_path):
-    pytest.importorskip("matplotlib")
     write_metrics(tmp_path)
-    path = plot_metrics(tmp_path)
-    assert path == tmp_path / "plots" / "loss.png"
-    assert path.read_bytes().startswith(b"\x89PNG")
+    save_metrics(tmp_path)
+    assert (tmp_path / "plots" / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_no_plot_without_matplotlib(tmp_path, monkeypatch):
     write_metrics(tmp_path)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert plot_metrics(tmp_path) is None
+    save_metrics(tmp_path)
     assert not (tmp_path / "plots").exists()
 
 
-@pytest.mark.parametrize(
-    "change", [{}, {"n_kv_heads": 1, "qk_norm": True, "attention_soft_cap": 2.0, "attention_scale": 0.3}]
-)
-def test_cross_attention_is_the_softmax_over_the_source(change):
-    cfg = dataclasses.replace(SMALL, vocab_size=13, stack="encoder_decoder", n_layers=2, n_heads=4, **change)
+def made(**changes):
+    cfg = dataclasses.replace(SMALL, vocab_size=13, n_heads=4, **{"n_layers": 2} | changes)
     model = tx.build(cfg)
     shapes = jax.eval_shape(lambda: tx.init_params(model, jax.random.key(0)))
     rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), jnp.float32), shapes)
-    source, positions = tx.pad_prompts([[1, 2, 3, 4], [5, 6]])
-    tokens = jnp.array([[7, 8, 9], [1, 2, 3]])
-    weights = cross_attention(model, params, source, tokens, positions)
-    assert weights.shape == (2, 2, 4, 3, 4)
-    np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-5)
-    assert (weights[:, 1, :, :, 2:] == 0).all()
-    assert weights.std() > 0.01
-    # The first layer's heads, put together with the values, are what its cross-attention gives.
-    memory = model.apply({"params": params}, source, positions, method="encode")
-    v = jnp.repeat(memory.layers[0].v, 4 // cfg.K, axis=1)
-    heads = jnp.einsum("BNTS,BNSH->BTNH", weights[0], v).reshape(2, 3, -1)
-    out = heads @ params["decoder"]["blocks_0"]["cross_attention"]["out"]["kernel"].T
-    jax.clear_caches()  # blocks are traced once, whatever is then asked of them
-    _, found = model.apply(
-        {"params": params}, tokens, memory=memory, method="hidden", mutable=["intermediates"],
-        capture_intermediates=lambda module, _: module.name == "out" and module.parent.name == "cross_attention",
-    )  # fmt: skip
-    (expected,) = found["intermediates"]["decoder"]["blocks_0"]["cross_attention"]["out"]["__call__"]
-    np.testing.assert_allclose(out, expected, atol=1e-5)
+    return model, jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), jnp.float32), shapes)
+
+
+SOURCE, POSITIONS = tx.pad_prompts([[1, 2, 3, 4], [5, 6]])
+TOKENS = jnp.array([[7, 8, 9, 10], [1, 2, 3, 4]])
+CHANGES = [
+    {},
+    {"n_kv_heads": 1, "qk_norm": True, "attention_soft_cap": 2.0, "attention_scale": 0.3},
+    {"positions": "alibi", "norm_order": "post", "biases": "all"},
+    {"positions": "t5", "norm": "rmsnorm", "norm_order": "sandwich"},
+    {"window": 2, "window_pattern": "wf", "positions": "learned"},
+]
+
+
+def blocks_attention(model, params, weights, name, x, values):
+    """The output of a block's attention from its weights (B, N, T, S), and the vectors that keys and values read."""
+    cfg, part = model.cfg, params["blocks_0"][name]
+    v = values @ part["v"]["kernel"].T + part["v"].get("bias", 0)
+    v = jnp.repeat(v.reshape(*v.shape[:2], cfg.K, cfg.Hv), cfg.n_heads // cfg.K, axis=2)
+    heads = jnp.einsum("BNTS,BSNH->BTNH", weights, v).reshape(*x.shape[:2], -1)
+    return heads @ part["out"]["kernel"].T + part["out"].get("bias", 0)
+
+
+def captured(model, params, *inputs, module, **named):
+    """What a module of the first block gives in a forward pass, by Flax's own means."""
+    found = []
+
+    def record(call, args, kwargs, context):
+        result = call(*args, **kwargs)
+        path = "/".join(context.module.path)
+        if path.endswith(f"blocks_0/{module}") and context.method_name in ("__call__", "attend"):
+            found.append((args[0], result[0] if isinstance(result, tuple) else result))
+        return result
+
+    with jax.disable_jit(), nn.intercept_methods(record):
+        model.apply({"params": params}, *inputs, **named)
+    return found[-1]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_self_attention_sums_to_1_and_gives_the_blocks_output(change):
+    model, params = made(**change)
+    seen = look(model, params, TOKENS)
+    assert seen.attention.shape == (2, 2, 4, 4, 4)
+    np.testing.assert_allclose(seen.attention.sum(-1), 1, rtol=1e-5)
+    assert (seen.attention * ~jnp.tri(4, dtype=bool) == 0).all()
+    assert seen.attention.std() > 0.01
+    read, out = captured(model, params, TOKENS, module="attention")
+    expected = blocks_attention(model, params["stack"], seen.attention[0], "attention", read, read)
+    np.testing.assert_allclose(expected, out, atol=1e-4)
+
+
+@pytest.mark.parametrize("change", CHANGES[:4])
+def test_cross_attention_is_over_the_source(change):
+    model, params = made(stack="encoder_decoder", **change)
+    seen = look(model, params, TOKENS, source=SOURCE, source_positions=POSITIONS)
+    assert seen.cross.shape == (2, 2, 4, 4, 4)
+    np.testing.assert_allclose(seen.cross.sum(-1), 1, rtol=1e-5)
+    assert (seen.cross[:, 1, :, :, 2:] == 0).all()
+    assert (seen.encoder_attention[:, 1, :, :, 2:] == 0).all()
+    read, out = captured(model, params, SOURCE, TOKENS, POSITIONS, module="cross_attention")
+    encoded, _ = model.apply(
+        {"params": params}, SOURCE, POSITIONS, method=lambda m, x, at: (m.encoder(m.source_embed(x), at)[0], 0)
+    )
+    expected = blocks_attention(model, params["decoder"], seen.cross[0], "cross_attention", read, encoded)
+    np.testing.assert_allclose(expected, out, atol=1e-4)
+
+
+def test_what_is_seen_is_what_the_model_computes():
+    """Logits, and hidden vectors: read by the last norm and the head, the last layer's are the logits."""
+    for change in CHANGES:
+        model, params = made(**change)
+        seen, (logits, _) = look(model, params, TOKENS), model.apply({"params": params}, TOKENS)
+        np.testing.assert_allclose(seen.logits, logits, atol=1e-5)
+        lens = logit_lens(model, params, seen.hidden)
+        assert lens.shape == (2, 2, 4, 13)
+        np.testing.assert_allclose(lens[-1], logits, atol=1e-4)
+        assert jnp.abs(lens[0] - logits).max() > 0.1
+
+
+def test_a_cached_decode_attends_as_the_whole_does():
+    model, params = made()
+    whole, cache = look(model, params, TOKENS), tx.init_cache(model.cfg, 2, 8)
+    first = look(model, params, TOKENS[:, :3], cache=cache)
+    last = look(model, params, TOKENS[:, 3:], cache=first.cache)
+    assert last.attention.shape == (2, 2, 4, 1, 8)
+    np.testing.assert_allclose(last.attention[..., :4], whole.attention[..., 3:, :], atol=1e-5)
+    assert (last.attention[..., 4:] == 0).all()
+
+
+def test_looking_changes_nothing_afterwards():
+    model, params = made()
+    before, _ = jax.jit(model.apply)({"params": params}, TOKENS)
+    look(model, params, TOKENS)
+    after = model.apply({"params": params}, TOKENS)
+    assert len(after) == 2
+    np.testing.assert_allclose(before, after[0], atol=1e-5)
+
+
+def test_an_encoder_sees_all():
+    model, params = made(stack="encoder")
+    weights = look(model, params, TOKENS).attention
+    assert (weights > 0).all()
+    assert float(entropy(weights).max()) <= np.log(4) + 1e-5
+
+
+def test_what_cannot_be_looked_at():
+    model, params = made()
+    with pytest.raises(tx.InputError, match=r"source is for an encoder-decoder, which needs one; this is a DecoderLM"):
+        look(model, params, TOKENS, source=SOURCE)
+    with pytest.raises(tx.InputError, match=r"the layers of stack are stacked; look at unstack_layers\(params\)"):
+        look(model, tx.stack_layers(params), TOKENS)
+
+
+def images(figure):
+    """The arrays that are drawn."""
+    return [np.asarray(image.get_array()) for axes in figure.axes for image in axes.get_images()]
 
 
 def test_attention_is_drawn_with_the_words_of_both(tmp_path):
-    path = tmp_path / "attention.svg"
-    plot_attention(np.full((2, 3, 2), 0.5), ["how", "$are$"], ["qué", "tal", "</s>"], path)
-    assert len(ET.parse(path).getroot().findall(f".//{SVG}image")) == 2
+    weights = np.random.default_rng(0).random((2, 3, 2))
+    figure = plot_attention(weights, ["qué", "tal", "</s>"], ["how", "$are$"])
+    np.testing.assert_array_equal(np.stack(images(figure)), weights)
+    figure.savefig(tmp_path / "attention.svg")
+    assert len(ET.parse(tmp_path / "attention.svg").getroot().findall(f".//{SVG}image")) == 2
     with pytest.raises(tx.InputError, match=r"x\.none is not a picture's name; end it with \.png or \.svg"):
-        plot_attention(np.ones((1, 1, 1)), ["a"], ["b"], tmp_path / "x.none")
+        check_picture(tmp_path / "x.none")
+
+
+def test_a_grid_has_a_picture_for_each_layer_and_head():
+    weights = np.random.default_rng(0).random((2, 3, 4, 4))
+    drawn = images(plot_heads(weights, list("abcd")))
+    np.testing.assert_array_equal(np.stack(drawn).reshape(weights.shape), weights)
+
+
+@pytest.mark.parametrize("scheme", typing.get_args(config.PositionScheme))
+def test_every_position_scheme_is_drawn(scheme):
+    figure = plot_positions(dataclasses.replace(SMALL, positions=scheme), 16)
+    shown = images(figure)[0]
+    if scheme.startswith("sinusoidal"):
+        np.testing.assert_allclose(shown[0, :2], [0, 1] if scheme == "sinusoidal" else [0, 0], atol=1e-6)
+    if scheme.startswith("rotary"):
+        np.testing.assert_allclose(shown[:, 0], np.cos(np.arange(16)), atol=1e-5)  # the fastest: a radian a token
+    if scheme == "alibi":
+        assert len(figure.axes[1].lines) == 7
+
+
+def test_masks_are_drawn_as_they_are():
+    drawn = images(plot_masks(12))
+    assert len(drawn) == len(MASKS)
+    assert drawn[0].tolist() == np.tri(12).astype(bool).tolist()
+
+
+def test_a_ring_is_drawn_as_it_fills():
+    (held,) = images(plot_cache(5, 3))
+    assert np.nan_to_num(held, nan=-1).tolist() == [[0, -1, -1], [0, 1, -1], [0, 1, 2], [3, 1, 2], [3, 4, 2]]
+
+
+def test_a_page_holds_words_and_weights_and_no_word_ends_it():
+    weights = np.random.default_rng(0).random((2, 3, 2, 2))
+    page = browse(weights, ["</script>", "b"])._repr_html_()
+    (data,) = re.findall(r"= (\{.*\}), root", page)
+    assert json.loads(data)["queries"] == ["</script>", "b"]
+    np.testing.assert_allclose(json.loads(data)["weights"], weights, atol=1e-4)
+    assert page.count("</script>") == 1
+    with pytest.raises(tx.InputError, match=r"1 queries and 1 keys are not the \(2, 2\) of the weights"):
+        browse(weights, ["a"])

@@ -1,7 +1,8 @@
 """The Transformer in JAX: the encoder-decoder of 2017, GPT-2 and LLaMA as one set of parts, the KV cache as a value."""
 
-from tx_jax import presets
+from tx_jax import inspect, presets
 from tx_jax.cache import Cache, LayerCache, init_cache, resize_cache
+from tx_jax.complexity.costs import Complexity, complexity
 from tx_jax.config import ModelConfig, RotaryConfig
 from tx_jax.convert.pretrained import save_pretrained
 from tx_jax.convert.sources import Pretrained, load_pretrained, load_tokenizer
@@ -19,6 +20,7 @@ from tx_jax.decoding.speculative import Speculation, speculate
 from tx_jax.decoding.stream import stream
 from tx_jax.errors import InputError
 from tx_jax.fuse import fuse
+from tx_jax.inspect.architecture import draw
 from tx_jax.lora import init_lora, merge_lora
 from tx_jax.models import DecoderLM, Encoder, EncoderDecoder, build, count_params, init_params
 from tx_jax.ops.attention import attention
@@ -38,6 +40,7 @@ __all__ = [
     "Batch",
     "Beams",
     "Cache",
+    "Complexity",
     "DataConfig",
     "DecoderLM",
     "Encoder",
@@ -68,9 +71,11 @@ __all__ = [
     "beam_search",
     "build",
     "chunked_cross_entropy",
+    "complexity",
     "count_params",
     "cross_entropy",
     "decode",
+    "draw",
     "encode_text",
     "fuse",
     "generate",
@@ -78,6 +83,7 @@ __all__ = [
     "init_lora",
     "init_params",
     "init_state",
+    "inspect",
     "jit_step",
     "load_pretrained",
     "load_tokenizer",

@@ -14,7 +14,7 @@ from tx_jax.convert.sources import end_ids, is_run, open_tokenizer
 from tx_jax.data.subwords import Subwords
 from tx_jax.decoding.samplers import Sampler
 from tx_jax.errors import InputError, require
-from tx_jax.inspect import check_picture, plot_translation
+from tx_jax.inspect.plots import check_picture, plot_translation
 from tx_jax.models import EncoderDecoder, build
 from tx_jax.sample_args import OF_AUTOMATA, OTHERS, Args, rules_of
 from tx_jax.translate import translate
@@ -42,7 +42,8 @@ def translate_lines(args: Args, path: Path, opened: Source) -> None:
             if number not in found:
                 print()
         if not drawn and told:
-            plot_translation(model, params, tokenizer, told[0][0], how["start_id"], cast(str, args.show_attention))
+            picture = plot_translation(model, params, tokenizer, told[0][0], how["start_id"])
+            picture.savefig(cast(str, args.show_attention), dpi=150)
             drawn = True
         sys.stdout.flush()
         count += len(full)

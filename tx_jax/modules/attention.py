@@ -81,18 +81,23 @@ class Attention(nn.Module):
         return self._attend(self.q(x), memory, plan, deterministic)
 
     def _attend(self, q: Array, memory: LayerCache, plan: Plan, deterministic: bool) -> Array:
-        cfg, (k, v), (B, T) = self.cfg, memory, q.shape[:2]
-        rows = k.shape[0]
+        cfg, rows, B = self.cfg, memory.k.shape[0], len(q)
         rule = f"memory holds {rows} rows, x {B}"
         require(B % rows == 0, f"{rule}: x must have as many, or a multiple; encode one source for each row")
-        q = q.reshape(B, T, cfg.n_heads, cfg.H)
+        q = q.reshape(*q.shape[:2], cfg.n_heads, cfg.H)
         q = self.q_norm(q) if cfg.qk_norm else q
-        scale = cfg.score_scale
+        heads = self.heads(q, memory, plan, deterministic)
+        return self.out(checkpoint_name(heads, "attended").reshape(*q.shape[:2], -1))
+
+    def heads(self, q: Array, memory: LayerCache, plan: Plan, deterministic: bool) -> Array:
+        """What each head of (B, T, N, H) queries attends to, row by row of the memory."""
+        cfg, (k, v), (B, T) = self.cfg, memory, q.shape[:2]
+        rows, scale = k.shape[0], cfg.score_scale
         q, k, bias = self._turned(q, k, plan, scale)
         drop = cfg.attention_dropout_rate > 0 and not deterministic
         one_by_one = rows < B <= MOST * rows and T == 1 and jax.default_backend() == "cpu"
         q, k, v = checkpoint_name(q, "queries"), *checkpoint_name((k, v), "keys_values")
-        heads = laid_attention(
+        return laid_attention(
             q.reshape(rows, -1, *q.shape[2:]), k, v, plan.mask, bias,
             scale=scale,
             soft_cap=cfg.attention_soft_cap,
@@ -100,7 +105,6 @@ class Attention(nn.Module):
             dropout_key=self.make_rng("dropout") if drop else None,
             impl="by_query" if one_by_one else "auto",
         )  # fmt: skip
-        return self.out(checkpoint_name(heads, "attended").reshape(B, T, -1))
 
     def _turned(self, q: Array, k: Any, plan: Plan, scale: float) -> tuple[Array, Any, Array | None]:
         """q turned by its position, with the keys and the bias by which sinks score as another turn of q would."""

@@ -16,9 +16,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from tx_jax.complexity import make_train_flops
+from tx_jax.complexity.train_flops import make_train_flops
 from tx_jax.convert.sources import load_pretrained
-from tx_jax.inspect import plot_metrics
+from tx_jax.inspect.plots import save_metrics
 from tx_jax.memory import trim_memory
 from tx_jax.models import Model, build
 from tx_jax.parallel import AXIS, Launcher, check_batch, check_mesh, jit_step, make_mesh, placed, pmap_step, rows_here
@@ -145,7 +145,7 @@ def take_steps(run: Run, report: Report, step: int, state: TrainState, stop: Sto
             save(step, run.layouts.unstack(launch.host_state(state.moving)), data)
             if is_first():
                 with unless_full():
-                    plot_metrics(cfg.run_dir)
+                    save_metrics(Path(cfg.run_dir))
             trim_memory()
 
     saver = Saver(cfg.run_dir, train.keep, keep_every=train.keep_every, keep_best=train.keep_best)

@@ -1,140 +1,13 @@
-"""Pictures of runs and of architectures: `python -m tx_jax.inspect figures` draws those of the README."""
+"""The architecture that a config describes, drawn from the config itself, as SVG."""
 
 import dataclasses
-import importlib.util
-import sys
-from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple, cast
+from collections.abc import Iterable
+from typing import NamedTuple
 from xml.sax.saxutils import escape
 
-import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, Int
-
 from tx_jax.config import ModelConfig
-from tx_jax.data.libraries import package
-from tx_jax.data.subwords import Subwords
-from tx_jax.errors import require
-from tx_jax.models import EncoderDecoder, count_params
-from tx_jax.ops.attention import laid_attention
-from tx_jax.ops.masks import Mask
+from tx_jax.models import count_params
 from tx_jax.presets import MODELS
-from tx_jax.run_dir import read_metrics
-from tx_jax.translate import Translation
-
-
-def plot_metrics(run_dir: str | Path) -> Path | None:
-    """Draw the losses of run_dir/metrics.jsonl to run_dir/plots/loss.png; None where matplotlib is not installed."""
-    if importlib.util.find_spec("matplotlib") is None:
-        return None
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    run_dir = Path(run_dir)
-    records = read_metrics(run_dir)
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    for name, label, marker in (("loss", "training", ""), ("valid_loss", "validation", "o")):
-        points = [(record["step"], record[name]) for record in records if name in record]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=label, marker=marker)
-            axes.legend()
-    axes.set(xlabel="optimiser step", ylabel="loss, nats per token", title=run_dir.name)
-    axes.grid(alpha=0.3)
-    path = run_dir / "plots" / "loss.png"
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=120)
-    return path
-
-
-def cross_attention(
-    model: EncoderDecoder,
-    params: dict,
-    source: Int[Array, "B S"],
-    tokens: Int[Array, "B T"],
-    source_positions: Int[Array, "B S"] | None = None,
-) -> Float[Array, "L B N T S"]:
-    """How much each target token attends to each source token, by layer and head; over the source it sums to 1.
-
-    Args:
-        tokens: what the decoder reads: a start, then the target.
-        source_positions: −1 on padding; None: there is none.
-    """
-    cfg = model.cfg
-    name = "q_norm" if cfg.qk_norm else "q"  # what gives the queries as they are scored
-    shown: Any = lambda module, _: module.name == name and module.parent.name == "cross_attention"  # noqa: E731
-    memory: Any = model.apply({"params": params}, source, source_positions, method="encode")
-    _, found = cast(
-        tuple[Any, Any],
-        model.apply(
-            {"params": params}, tokens, memory=memory, method="hidden",
-            capture_intermediates=shown, mutable=["intermediates"],
-        ),
-    )  # fmt: skip
-    (B, S), mask = source.shape, Mask(k_positions=memory.positions)
-    one_hot = jnp.broadcast_to(jnp.eye(S), (B, cfg.K, S, S))  # as values, they give the weights themselves
-
-    def weights(i: int) -> Array:
-        (q,) = found["intermediates"]["decoder"][f"blocks_{i}"]["cross_attention"][name]["__call__"]
-        q, k = q.reshape(*tokens.shape, cfg.n_heads, cfg.H), memory.layers[i].k
-        return laid_attention(q, k, one_hot, mask, scale=cfg.score_scale, soft_cap=cfg.attention_soft_cap)
-
-    return jnp.stack([weights(i) for i in range(cfg.n_layers)]).swapaxes(2, 3)
-
-
-def check_picture(path: str | Path) -> None:
-    """Hold a picture to a name that can be drawn to, before anything is computed.
-
-    Raises:
-        InputError: matplotlib is not installed, path does not end with .png or .svg, or its directory does not exist.
-    """
-    package("matplotlib", "plots")
-    require(Path(path).suffix in (".png", ".svg"), f"{path} is not a picture's name; end it with .png or .svg")
-    folder = Path(path).absolute().parent
-    require(folder.is_dir(), f"{folder} does not exist, where {Path(path).name} is to be drawn; make it first")
-
-
-def plot_attention(weights: np.ndarray, source: Sequence[str], target: Sequence[str], path: str | Path) -> None:
-    """Draw (L, T, S) weights of a sentence, one picture a layer, with the words of both on the axes.
-
-    Raises:
-        InputError: as `check_picture`.
-    """
-    check_picture(path)
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    L, T, S = weights.shape
-    figure = Figure(figsize=(L * (0.32 * S + 0.6) + 1, 0.28 * T + 1.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, L, sharey=True, squeeze=False)[0]
-    for layer, axes in enumerate(panels):
-        axes.imshow(weights[layer], cmap="Blues", vmin=0, aspect="auto")
-        axes.set_title(f"layer {layer + 1}", fontsize=9)
-        axes.set_xticks(range(S), source, rotation=90, parse_math=False)
-    panels[0].set_yticks(range(T), target, parse_math=False)
-    figure.savefig(path, dpi=150)
-
-
-def plot_translation(
-    model: EncoderDecoder,
-    params: dict,
-    tokenizer: Subwords,
-    best: Translation,
-    start_id: int | tuple[int, ...],
-    path: str | Path,
-) -> None:
-    """Draw what a translation attends to in its source, as the mean over heads. Raises as `plot_attention` does."""
-    ids = best.ids
-    start = start_id if isinstance(start_id, tuple) else (start_id,)
-    tokens = jnp.asarray([[*start, *ids[:-1]]], jnp.int32)
-    weights = np.asarray(cross_attention(model, params, jnp.asarray(best.source_ids)[None], tokens))
-    weights = weights[:, 0, :, len(start) - 1 :].mean(axis=1)
-    source, target = ([tokenizer.decode([i], special=True).strip() for i in part] for part in (best.source_ids, ids))
-    plot_attention(weights, source, target, path)
-
 
 Number = int | float  # pixels
 IN_ATTENTION = {  # what positions do there
@@ -292,9 +165,3 @@ def gallery(*names: str) -> str:
     size = f'viewBox="0 0 {sum(widths)} {tall}"'
     card = f'<rect width="{sum(widths)}" height="{tall}" rx="12" fill="#fff"/>'
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{card}{inner}</svg>\n'
-
-
-if __name__ == "__main__":
-    path = Path(*sys.argv[1:], "architectures.svg")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(gallery(*README), encoding="utf-8")
