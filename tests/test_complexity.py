@@ -182,6 +182,8 @@ def test_what_cannot_be():
         tx.complexity(cfg, 0, 48)
     with pytest.raises(tx.InputError, match=r"source_len=8 needs stack='encoder_decoder', not 'decoder'"):
         tx.complexity(cfg, 1, 48, source_len=8)
+    with pytest.raises(tx.InputError, match=r"source_len=0 must be at least 1; None is seq_len"):
+        tx.complexity(dataclasses.replace(cfg, stack="encoder_decoder"), 1, 48, source_len=0)
 
 
 def test_the_command_prints_every_component_and_a_time(capsys):

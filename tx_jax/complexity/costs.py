@@ -108,8 +108,9 @@ def complexity(
         InputError: a number is below 1, or there is no vocabulary yet.
     """
     T, both = cfg.max_len if seq_len is None else seq_len, cfg.stack == "encoder_decoder"
-    S = (source_len or T) if both else 0
+    S = 0 if not both else T if source_len is None else source_len
     require(batch >= 1 and T >= 1, f"batch={batch}, seq_len={T} must be at least 1")
+    require(S >= 1 or not both, f"source_len={S} must be at least 1; None is seq_len")
     require(both or source_len is None, f"source_len={source_len} needs stack='encoder_decoder', not {cfg.stack!r}")
     found = leaves(cfg)
     forward = _parts(cfg, found, batch, Pass(T, T, T, S, S))
