@@ -55,7 +55,7 @@ def damage(run_dir, step):
     victim.write_bytes(content)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_and_the_same_command_goes_on(run, train, child, tiny, tmp_path, capsys, number):
     stopped = tmp_path / "stopped"
     command = [*tiny, "--run-dir", str(stopped)]
