@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Write text with a model: `python sample.py runs/gpt-shakespeare --prompt "ROMEO:"`, `python sample.py smollm2
 --interactive`, or with the directory or GGUF file of a published model; an encoder-decoder translates a --source. With
 --input PROMPTS.jsonl --output TEXTS.jsonl a file of prompts becomes a file of texts.
@@ -26,6 +27,7 @@ from tx_jax.decoding.samplers import OF_DRAWS, check_sampler
 from tx_jax.errors import InputError, require
 from tx_jax.evaluation import bits_per_byte, n_bytes
 from tx_jax.run_dir import read_config
+from tx_jax.run_list import list_sources
 from tx_jax.sample_args import OF_AUTOMATA, OTHERS, Args, rules_of
 from tx_jax.translate_lines import translate_lines
 from tx_jax.writing import Writer, complete, converse, encode, messages, read_prompt, show, tokens_of
@@ -35,7 +37,10 @@ DEFAULT_TEMPERATURE = {False: 0.8, True: 0.0}  # of a text that goes on, and of 
 
 @one_line_errors()
 def main(argv: list[str]) -> None:
-    """Check all that is asked for, load, generate, print."""
+    """Check all that is asked for, load, generate, print. Nothing is asked for: list what can be."""
+    if not argv:
+        print(*list_sources(), "", "Take one: python sample.py NAME --prompt TEXT; --help lists all flags.", sep="\n")
+        return
     args = parse(Args, argv, prog="sample.py")
     keep_compiled()
     said = None if args.prompt is None else read_prompt(args.prompt)

@@ -1,7 +1,9 @@
+#!/usr/bin/env python3
 """Train a Transformer: `python train.py gpt-shakespeare`. `python train.py --help` lists what else there is."""
 
 import signal
 import sys
+from collections.abc import Iterator
 
 if __name__ == "__main__":  # before modules load: Ctrl-C ends at once but between steps, where the first one saves
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -10,6 +12,7 @@ from tx_jax.command_line import keep_compiled, one_line_errors, parse_run
 from tx_jax.memory import keep_memory
 from tx_jax.processes import connect
 from tx_jax.training.loop import fit
+from tx_jax.training.plan import list_presets, plan
 from tx_jax.training.stopping import Stop
 
 
@@ -17,11 +20,24 @@ from tx_jax.training.stopping import Stop
 def main(args: list[str]) -> None:
     """Train what the command line describes."""
     keep_compiled()
+    if not args:
+        tell(list_presets())
+        print("\nBegin one: python train.py PRESET. With --dry-run it is measured instead; --help lists all flags.")
+        return
     cfg = parse_run(connect(args))
+    if cfg.dry_run:
+        tell(plan(cfg))
+        return
     stop = Stop()
     state = fit(cfg, stop)
     if state.step < cfg.train.n_steps:
         sys.exit(stop.exit_code)
+
+
+def tell(lines: Iterator[str]) -> None:
+    """Each as soon as it is known."""
+    for line in lines:
+        print(line, flush=True)
 
 
 if __name__ == "__main__":

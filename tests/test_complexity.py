@@ -126,12 +126,16 @@ def test_what_a_backward_pass_is_given():
     more = dataclasses.replace(cfg, n_layers=3)
 
     def of_a_layer(remat):
-        return tx.complexity(more, 2, 48).activation_bytes(remat) - tx.complexity(cfg, 2, 48).activation_bytes(remat)
+        few, many = (tx.complexity(of, 2, 48).activation_bytes(remat) for of in (cfg, more))
+        return {name: many[name] - few[name] for name in few}
 
     token = 4 * 2 * 48
-    assert of_a_layer("full") == token * cfg.d_model
-    assert of_a_layer("names") == token * (cfg.d_model + (2 * 4 + 2 * 2) * 32)
-    assert of_a_layer("full") < of_a_layer("names") < of_a_layer("dots") < of_a_layer("none")
+    full, names, dots, none = (of_a_layer(remat) for remat in ("full", "names", "dots", "none"))
+    assert {name: size for name, size in full.items() if size} == {"norms": token * cfg.d_model}
+    kept = {"attention projections": token * 2 * 2 * 32, "attention scores": token * 2 * 4 * 32}  # k, v; q, result
+    assert {name: size for name, size in names.items() if size} == {"norms": full["norms"]} | kept
+    assert none["feed-forward"] > dots["feed-forward"] > 0
+    assert sum(full.values()) < sum(names.values()) < sum(dots.values()) < sum(none.values())
 
 
 def products(cfg, T):

@@ -32,16 +32,16 @@ RANKS = {  # of every module of the package
     "decoding.stream": 8, "decoding.scoring": 8, "decoding.speculative": 8, "decoding.engine": 8,
     "decoding.session": 9,
     "training.peaks": 0, "training.report": 7,
-    "complexity.leaves": 6, "complexity.train_flops": 7, "complexity.costs": 8, "complexity.table": 9,
-    "complexity.measure": 11, "complexity.__main__": 12,
+    "complexity.leaves": 6, "complexity.activations": 0, "complexity.train_flops": 7, "complexity.costs": 8,
+    "complexity.table": 9, "complexity.measure": 11, "complexity.__main__": 12,
     "evaluation": 11, "sentences": 7, "translate": 9, "inspect.architecture": 6, "inspect.look": 6,
     "inspect.page": 0, "inspect.plots": 10, "inspect": 11, "inspect.__main__": 11,
     "convert.layouts": 0, "convert.gguf": 1, "convert.fields": 1, "convert.mapping": 6, "convert.family": 7,
     "convert.decoders": 8, "convert.encoders": 8, "convert.gguf_models": 8, "convert.pretrained": 9,
     "convert.sources": 10, "convert.__main__": 11, "training.start": 11, "training.samples": 11, "writing": 11,
-    "sample_args": 2, "translate_lines": 12,
+    "sample_args": 2, "run_list": 3, "translate_lines": 12,
     "batch_output": 3, "batch_input": 12, "batch_job": 13, "training.tasks": 12, "training.loop": 14,
-    "training.resume": 13, "training.stopping": 0,
+    "training.resume": 13, "training.plan": 15, "training.stopping": 0, "training.writers": 6,
     "": 12,  # the public surface
 }  # fmt: skip
 PURE = ["training.losses", "decoding.rules", "decoding.automaton", *(name for name in RANKS if name.startswith("ops."))]

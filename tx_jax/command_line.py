@@ -125,6 +125,8 @@ def parse_run(args: list[str]) -> RunConfig:
     """
     require(args, f"no preset is given; use one of {', '.join(RUNS)}, or a CONFIG.json; see train.py --help")
     name, *flags = args
+    if name == "--tyro-print-completion":  # for ./train.py, whatever its preset
+        return parse(RunConfig, args, prog="train.py")
     if name in ("-h", "--help"):
         rows = (f"  {name:<26}{(make.__doc__ or '').splitlines()[0]}\n" for name, make in RUNS.items())
         print(USAGE.format(presets="".join(rows)))

@@ -17,6 +17,7 @@ Schedule = Literal["constant", "cosine", "noam", "wsd"]
 TokenizerKind = Literal["char", "byte", "bpe"]
 Corpus = Literal["tiny_shakespeare", "tatoeba_en_es", "number_words"]
 Remat = Literal["none", "full", "dots", "names"]
+LogTo = Literal["none", "tensorboard", "wandb"]
 Objective = Literal["next_token", "prefix_lm", "masked_lm", "span_corruption", "translate"]
 OF_PAIRS = (("data", "bad_lines"), ("data", "test_fraction"), ("train", "n_scored"))  # what text has no use for
 OF_SAMPLES = (("train", "sample_prompt"), ("train", "sample_tokens"))  # and what does not go on from a prompt
@@ -205,6 +206,8 @@ class RunConfig:
     resume: str = "auto"  # auto: after the newest whole checkpoint | never | must | a step, later ones set aside
     change: str | None = None  # fields that may differ from those of the run that goes on: optim.peak-lr,train.n-steps
     profile: bool = False  # write a trace of five steps to run_dir/profile
+    log_to: LogTo = "none"  # none | tensorboard | wandb: where the numbers of metrics.jsonl go, too
+    dry_run: bool = False  # say what the run needs, and how long it takes here; nothing is written
 
     @property
     def changes(self) -> frozenset[str]:

@@ -58,7 +58,6 @@ FIRST = {  # the first word: what the message says
     "{bad}/missing.json": "config='{bad}/missing.json' does not exist; give a config.json, or one of {presets}",
     "{bad}/latin1.json": "config='{bad}/latin1.json' cannot be read: 'utf-8' codec can't decode byte 0xe9",
     "{bad}/corrupt/config.json": "cannot be read: not JSON (Expecting property name enclosed in double quotes",
-    "": "no preset is given; use one of {presets}, or a CONFIG.json",
 }  # fmt: skip
 SAMPLE = {
     "{run} --prompt €": "character '€' at index 0 is not among the 15 of this tokenizer; leave it out",

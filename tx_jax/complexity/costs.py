@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Var
 
 from tx_jax.cache import init_cache
+from tx_jax.complexity.activations import kept_bytes
 from tx_jax.complexity.leaves import Leaf, leaves, windows
 from tx_jax.config import ModelConfig
 from tx_jax.data.batches import Batch, PairBatch
@@ -68,24 +68,19 @@ class Complexity:
     decode_again: Parts | None  # the same without it: all of the row is computed again
     cache_bytes: int  # of seq_len slots a row, or a window's, where all layers have one
 
-    def activation_bytes(self, remat: str = "none") -> int:
+    def activation_bytes(self, remat: str = "none") -> dict[str, int]:
         """What the backward pass of a training step is given by the forward pass, beside parameters and the batch.
 
-        It is asked of JAX's differentiation, of the attention that this backend has. XLA may compute some of it again.
+        By component. It is asked of JAX's differentiation, of the attention that this backend has. XLA may compute some
+        of it again.
 
         Args:
             remat: as `build` has it.
         """
         cfg = dataclasses.replace(self.cfg, dropout_rate=0.0, attention_dropout_rate=0.0)
         model, (batch, params) = build(cfg, remat), _shapes(cfg, self.batch, self.seq_len, self.source_len)
-
-        def residuals(params: Any, batch: Any) -> Any:
-            return jax.vjp(lambda params: make_eval_step(model)(params, batch)[0], params)[1]
-
-        traced = jax.make_jaxpr(residuals)(params, batch).jaxpr
-        kept = {id(x): x.aval for x in traced.outvars if isinstance(x, Var)}
-        given = {id(x) for x in traced.invars}
-        return sum(n_bytes(aval) for i, aval in kept.items() if i not in given)
+        found = kept_bytes(lambda params, batch: make_eval_step(model)(params, batch)[0], params, batch)
+        return {name: found[name] for name in self.params}
 
 
 def complexity(

@@ -52,10 +52,12 @@ def _columns(rows: list[tuple[str, ...]]) -> list[str]:
 
 def _sums(found: Complexity) -> list[str]:
     sizes = {remat: found.activation_bytes(remat) for remat in KEPT}
-    kept = ", ".join(f"{remat} {of_bytes(size)}" for remat, size in sizes.items())
+    rows = [(name, *(of_bytes(size[name]) for size in sizes.values())) for name in found.params]
+    sums = ("in all", *(of_bytes(sum(size.values())) for size in sizes.values()))
+    kept = _columns([("kept for the backward pass, by remat:", *sizes), *rows, sums])
     each = found.cache_bytes // (found.batch * found.seq_len)
     cache = f"{of_bytes(found.cache_bytes)}, {of_bytes(each)} a token" if found.decode else "none"
-    return [f"key-value cache: {cache}", f"kept for the backward pass, by remat: {kept}"]
+    return [*kept, "", f"key-value cache: {cache}"]
 
 
 def _times(found: Complexity, name: str, device: Device) -> list[str]:

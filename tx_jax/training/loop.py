@@ -34,6 +34,7 @@ from tx_jax.training.start import first_state, make_assemble
 from tx_jax.training.step import Metrics, TrainState, make_eval_step, make_train_step
 from tx_jax.training.stopping import Stop, stopping
 from tx_jax.training.tasks import Task, open_task
+from tx_jax.training.writers import find_library
 
 if TYPE_CHECKING:
     import grain
@@ -86,6 +87,7 @@ def _fit(cfg: RunConfig, stop: Stop) -> TrainState:
 
 def open_run(cfg: RunConfig) -> Run:
     """All that can be refused of a run, but for what its directory holds; nothing is written."""
+    find_library(cfg)
     mesh = choose_mesh(cfg.mesh)
     task = open_task(cfg, rows_here(mesh, cfg.data.batch_size))
     cfg, train = task.cfg, task.cfg.train

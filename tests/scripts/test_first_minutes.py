@@ -1,0 +1,117 @@
+"""The first five minutes: what there is, what a run would need, and its numbers in a viewer."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from tx_jax.models import count_params
+from tx_jax.run_dir import read_config
+from tx_jax.run_presets import RUNS
+from tx_jax.training import plan
+
+ROOT = Path(__file__).parents[2]
+
+
+def told(said):
+    """The lines of a plan by their first words."""
+    return dict(line.split(maxsplit=1) for line in said.splitlines())
+
+
+def test_train_alone_lists_presets_with_what_they_need(train, capsys):
+    train([])
+    head, *rows = capsys.readouterr().out.split("\n\n")[0].splitlines()
+    assert head.split() == ["preset", "parameters", "time", "here", "needs"]
+    assert [row.split()[0] for row in rows] == list(RUNS)
+    sizes = {row.split()[0]: row.split()[1] for row in rows}
+    assert sizes["finetune"] == "134,515,008"
+    assert all(re.search(r"~[\d.]+ (s|min|h|days) ", row) for row in rows)
+
+
+def test_sample_alone_lists_runs_and_models(run, sample, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("whole", "unread", "begun"):
+        shutil.copytree(run, tmp_path / "runs" / name)
+    (tmp_path / "runs" / "unread" / "config.json").write_text("{")
+    shutil.rmtree(tmp_path / "runs" / "begun" / "checkpoints")
+    sample([])
+    rows = capsys.readouterr().out.split("\n\n")[0].splitlines()
+    about = {row.split("  ")[0]: row for row in rows}
+    assert re.search(r"next_token on .*text.txt, step 40 of 40, validation loss \d\.\d\d$", about["runs/whole"])
+    assert "cannot be read: not JSON" in about["runs/unread"] or "cannot be read" in about["runs/unread"]
+    assert "runs/begun" not in about
+    assert "smollm2" in about
+
+
+@pytest.mark.parametrize("more", [[], ["--train.scan-layers", "--mesh.tensor", "2"]])
+def test_a_dry_run_tells_what_is_needed_and_writes_nothing(run, train, tiny, capsys, tmp_path, more):
+    train([*tiny, "--run-dir", str(tmp_path / "new"), "--dry-run", *more])
+    head, rest = capsys.readouterr().out.split("\n", 1)
+    assert head == f"{tmp_path / 'new'}: 40 steps; nothing is written"
+    lines, n = told(rest), f"{count_params(read_config(run).model):,}"
+    assert lines["parameters"] == f"{n}, of which {n} are trained"
+    assert re.fullmatch(r"[\d.]+ \w+ a device: state [\d.]+ KiB, of [\d.]+ \w+", lines["memory"])
+    assert re.fullmatch(r"[\d.]+ MFLOP a step, [\d.]+ MFLOP in all", lines["FLOPs"])
+    assert re.match(r"[\d.]+ s on 8 × cpu: [\d.]+ µ?m?s a step; evaluating adds ", lines["time"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_of_a_run_that_goes_on(run, train, tiny, capsys):
+    before = sorted(path.stat().st_mtime_ns for path in run.rglob("*"))
+    train([*tiny, "--run-dir", str(run), "--dry-run", "--resume", "20"])
+    assert f"{run}: goes on after step 20 of 40; nothing is written" in capsys.readouterr().out
+    assert before == sorted(path.stat().st_mtime_ns for path in run.rglob("*"))
+
+
+def test_a_dry_run_refuses_what_the_run_would(run, train, tiny, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        train([*tiny, "--run-dir", str(run), "--dry-run", "--model.n-layers", "2"])
+    assert "holds a run with model.n_layers=1, not 2" in capsys.readouterr().err
+
+
+def test_what_does_not_fit_is_not_tried(train, tiny, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "_room", lambda: 1000)
+    train([*tiny, "--run-dir", str(tmp_path / "new"), "--dry-run"])
+    assert "not taken: the step does not fit; see --train.remat" in capsys.readouterr().out
+
+
+def test_the_memory_of_a_plan_is_that_of_the_state_and_more(train, capsys, tmp_path, text):
+    """Adam's state has three numbers for a parameter."""
+    train(
+        ["gpt-shakespeare", "--data.path", str(text), "--data.batch-size", "8", "--run-dir", str(tmp_path), "--dry-run"]
+    )
+    lines = told(capsys.readouterr().out.split("\n", 1)[1])
+    n = int(lines["parameters"].split(", of")[0].replace(",", ""))
+    assert float(re.search(r"state ([\d.]+) MiB", lines["memory"])[1]) == pytest.approx(12 * n / 2**20, rel=0.01)
+
+
+def test_numbers_go_to_tensorboard_too(train, tiny, tmp_path):
+    run_dir = tmp_path / "run"
+    train([*tiny, "--run-dir", str(run_dir), "--log-to", "tensorboard", "--train.n-steps", "5"])
+    (events,) = (run_dir / "tensorboard").iterdir()
+    assert all(name in events.read_bytes() for name in (b"loss", b"valid_loss", b"tokens_per_second"))
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="completion is of a shell")
+@pytest.mark.parametrize(
+    ("script", "words", "found"),
+    [("train.py", ["gpt-shakespeare", "--optim.peak"], "--optim.peak-lr"), ("sample.py", ["x", "--top"], "--top-k")],
+)
+def test_a_shell_completes_flags(script, words, found):
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / script), "--tyro-print-completion", "bash"]
+    told = subprocess.run(command, capture_output=True, text=True, check=True, env=env, timeout=100).stdout
+    name, line = f"_tyro_{script.replace('.', '_')}", " ".join([f"./{script}", *words])
+    ask = f'COMP_WORDS=({line}); COMP_CWORD=2; {name} ./{script} {words[-1]} {words[0]}; echo "${{COMPREPLY[@]}}"'
+    done = subprocess.run(["bash", "-c", told + ask], capture_output=True, text=True, check=True, timeout=100)
+    assert found in done.stdout
+
+
+def test_the_scripts_can_be_started():
+    assert all(os.access(ROOT / name, os.X_OK) for name in ("train.py", "sample.py"))
+    assert jax.device_count() == 8  # of the tests above

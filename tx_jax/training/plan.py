@@ -1,0 +1,135 @@
+"""What a run needs, and how long it takes on this machine, before it begins; nothing is written.
+
+Of a preset by its FLOPs alone, in a line; of one run by compiling its step and taking some (`train.py … --dry-run`).
+"""
+
+import contextlib
+import dataclasses
+import math
+import os
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tx_jax.complexity.costs import n_bytes
+from tx_jax.complexity.table import of_bytes, si
+from tx_jax.complexity.train_flops import make_train_flops
+from tx_jax.config import ModelConfig
+from tx_jax.data.batches import Batch, PairBatch
+from tx_jax.models import count_params
+from tx_jax.presets import MODELS
+from tx_jax.run_config import RunConfig
+from tx_jax.run_presets import RUNS
+from tx_jax.training.loop import Run, open_run
+from tx_jax.training.peaks import peak_flops
+from tx_jax.training.resume import find_step
+
+STEPS = 5  # that are timed, after one that is not
+LOOKED_AT = 20  # batches, whose FLOPs are the usual ones
+USUAL_MFU = 0.25  # of the presets' small models: 0.2 to 0.4 on two cores
+INIT = "smollm2-135m"  # what the preset that begins with another model begins with
+
+
+def list_presets() -> Iterator[str]:
+    """A line for each preset, as they are looked at."""
+    yield f"{'preset':<24}{'parameters':>12}  {'time here':>9}  {'needs':<14}"
+    speed = USUAL_MFU * peak_flops() * jax.device_count()
+    for name, make in RUNS.items():
+        cfg = make(jax.default_backend())
+        model = _known(cfg)
+        B, T = cfg.data.batch_size, cfg.data.seq_len
+        ids = jnp.zeros((B, T), jnp.int32)
+        rows = ids, ids, ids
+        batch = PairBatch(ids, *rows) if model.stack == "encoder_decoder" else Batch(*rows)
+        seconds = make_train_flops(model)(batch) * cfg.train.n_steps / speed
+        about = (make.__doc__ or "").splitlines()[0]
+        needs = ".[hf,gguf]" if cfg.init else ".[translate]" if cfg.data.objective == "translate" else ""
+        yield f"{name:<24}{count_params(model):>12,}  {'~' + clock(seconds):>9}  {needs:<14}{about}"
+
+
+def _known(cfg: RunConfig) -> ModelConfig:
+    """The model, with as many ids as the preset's text will give it, about."""
+    if cfg.init is not None:
+        return dataclasses.replace(MODELS[INIT](), dtype=cfg.model.dtype)
+    return dataclasses.replace(cfg.model, vocab_size=65 if cfg.data.tokenizer == "char" else cfg.data.vocab_size)
+
+
+def plan(cfg: RunConfig) -> Iterator[str]:
+    """Lines that say what the run needs: parameters, memory, FLOPs, and the time of its steps, of which some are taken.
+
+    Raises:
+        InputError: what `fit` would refuse.
+    """
+    run = open_run(cfg)
+    with contextlib.closing(run.batches):
+        cfg, n = run.task.cfg, run.task.cfg.train.n_steps
+        done = find_step(Path(cfg.run_dir), cfg, run.task.tokenizer)
+        yield f"{cfg.run_dir}: {f'goes on after step {done} of {n:,}' if done else f'{n:,} steps'}; nothing is written"
+        state = jax.eval_shape(run.start, jax.random.key(0))
+        trained = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+        yield f"parameters   {count_params(cfg.model):,}, of which {trained:,} are trained"
+        batches = [next(run.batches) for _ in range(LOOKED_AT)]
+        usual = statistics.mean(batch.flops for batch in batches)
+        start = time.perf_counter()
+        make = run.launch.make_state(lambda key: run.layouts.stack(run.start(key)))
+        program = run.launch.lower(jax.eval_shape(make, jax.random.key(0)), batches[0].batch).compile()
+        compiling, needed, room = time.perf_counter() - start, _held(program), _room()
+        parts = f"state {of_bytes(n_bytes(state))}" + f", of {of_bytes(room)}" * bool(room)
+        yield f"memory       {of_bytes(needed)} a device: {parts}"
+        yield f"FLOPs        {si(usual)}FLOP a step, {si(usual * (n - done))}FLOP in all"
+        if room and needed > room:
+            remedy = "see --train.remat, --train.accumulate-steps, --mesh.fsdp"
+            yield f"time         not taken: the step does not fit; {remedy}"
+            return
+        seconds = _step_time(program, make(jax.random.key(0)), batches[0].batch) * usual / batches[0].flops
+        yield _times(run, n - done, seconds, compiling)
+
+
+def _times(run: Run, n: int, seconds: float, compiling: float) -> str:
+    """Of n steps, and of looking at what is held out, whose batches take a third of a step."""
+    every = run.task.cfg.train.eval_every
+    looks = math.ceil(n / every) * len(run.task.held_out) / 3 * seconds if every else 0.0
+    where = f"{jax.device_count()} × {jax.devices()[0].device_kind}"
+    told = f"time         {clock(n * seconds)} on {where}: {si(seconds)}s a step"
+    return f"{told}; evaluating adds {clock(looks)}, compiling {clock(compiling)}"
+
+
+def _held(program: Any) -> int:
+    """The bytes that a device holds at most while a program runs."""
+    found = program.memory_analysis()
+    held = found.argument_size_in_bytes + found.temp_size_in_bytes + found.output_size_in_bytes
+    return held - found.alias_size_in_bytes
+
+
+def _room() -> int:
+    """The bytes of one device, or of this machine where the device does not tell; 0: none is known."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    told = "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {})
+    return stats.get("bytes_limit") or (os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if told else 0)
+
+
+def _step_time(program: Any, state: Any, batch: Any) -> float:
+    """Seconds, of the median step."""
+    times = []
+    for _ in range(STEPS + 1):
+        start = time.perf_counter()
+        state, _ = jax.block_until_ready(program(state, batch))
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def clock(seconds: float) -> str:
+    """A time as people say it.
+
+    >>> [clock(x) for x in (0.04, 42, 150, 9000, 200_000)]
+    ['0.0 s', '42 s', '2.5 min', '2.5 h', '2.3 days']
+    """
+    for unit, size, most in (("s", 1, 100), ("min", 60, 6000), ("h", 3600, 172_800)):
+        if seconds < most:
+            return f"{seconds / size:.{0 if unit == 's' and seconds >= 10 else 1}f} {unit}"
+    return f"{seconds / 86_400:.1f} days"
