@@ -9,7 +9,6 @@ memory is XLA's of the compiled loop (arguments + temporaries + results − alia
 
 import dataclasses
 import math
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,9 @@ import numpy as np
 import tyro
 
 import tx_jax as tx
+from tx_jax.complexity.costs import n_bytes
+from tx_jax.complexity.measure import clocked, make_read_again, medians
+from tx_jax.memory import memory_of
 
 
 @dataclasses.dataclass
@@ -68,23 +70,7 @@ def cached(args: Args, model: Any, params: dict, n: int) -> tuple[Callable[[], f
 def uncached(args: Args, model: Any, params: dict, n: int) -> Callable[[], float]:
     """A function that gives the seconds of reading n tokens for the logits after the last: a token without a cache."""
     tokens = jax.random.randint(jax.random.key(1), (1, n), 0, args.vocab_size)
-
-    @jax.jit
-    def last(params, tokens):
-        x, _ = model.apply({"params": params}, tokens, method="hidden")
-        return model.apply({"params": params}, x[:, -1], method="logits")
-
-    def once() -> float:
-        start = time.perf_counter()
-        jax.block_until_ready(last(params, tokens))
-        return time.perf_counter() - start
-
-    return once
-
-
-def n_bytes(tree: Any) -> int:
-    """Of all leaves."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+    return clocked(jax.jit(make_read_again(model)), params, tokens)
 
 
 def copy_speed() -> Callable[[], float]:
@@ -100,15 +86,6 @@ def copy_speed() -> Callable[[], float]:
     return once
 
 
-def medians(runs: dict[Any, Callable[[], float]], rounds: int) -> dict[Any, float]:
-    """Of all, done in turn."""
-    found: dict[Any, list[float]] = {key: [] for key in runs}
-    for _ in range(rounds + 1):
-        for key, run in runs.items():
-            found[key].append(run())
-    return {key: statistics.median(values[1:]) for key, values in found.items()}
-
-
 def fit(contexts: np.ndarray, seconds: np.ndarray, powers: tuple[int, ...]) -> np.ndarray:
     """The coefficients of these powers of the context, by least squares of relative errors, and none below 0."""
     columns = np.stack([contexts.astype(float) ** power for power in powers], axis=1) / seconds[:, None]
@@ -120,13 +97,6 @@ def exponents(contexts: np.ndarray, seconds: np.ndarray) -> str:
     """By how much the logarithm of the time grows with that of the context, from each context to the next."""
     slopes = np.diff(np.log(seconds)) / np.diff(np.log(contexts))
     return ", ".join(f"{slope:.2f}" for slope in slopes)
-
-
-def peak(compiled: Any) -> int:
-    """The bytes that are held at most while the program runs."""
-    found = compiled.memory_analysis()
-    held = found.argument_size_in_bytes + found.temp_size_in_bytes + found.output_size_in_bytes
-    return held - found.alias_size_in_bytes
 
 
 def plot(contexts: np.ndarray, times: dict[str, np.ndarray], fits: dict[str, np.ndarray], path: Path) -> None:
@@ -156,25 +126,23 @@ def main(args: Args) -> None:
     model, params = make(args)
     contexts, K, cfg = np.array(args.contexts), args.n_kv_heads, model.cfg
     kept = {n: cached(args, model, params, n) for n in args.contexts}
-    runs: dict[Any, Callable[[], float]] = {n: run for n, (run, _, _) in kept.items()}
-    found = medians(runs | {"copy": copy_speed()}, args.rounds)
-    with_cache = np.array([found[n] for n in args.contexts])
-    again = medians({n: uncached(args, model, params, n) for n in args.contexts}, math.ceil(args.rounds / 3))
-    without = np.array([again[n] for n in args.contexts])
+    *found, copied = medians([*(run for run, _, _ in kept.values()), copy_speed()], args.rounds)
+    again = [uncached(args, model, params, n) for n in args.contexts]
+    with_cache, without = np.array(found), np.array(medians(again, math.ceil(args.rounds / 3)))
 
     print("context  with cache, ms  without, ms  peak memory, MiB  weights + cache, MiB  ratio")
-    for n, (_, compiled, held) in kept.items():
-        predicted, real = n_bytes(params) + held, peak(compiled)
+    for (n, (_, compiled, held)), token, whole in zip(kept.items(), with_cache, without, strict=True):
+        predicted, real = n_bytes(params) + held, memory_of(compiled)
         near = "within 10 %" if abs(real / predicted - 1) <= 0.1 else "NOT within 10 %"
-        times = f"{n:7}  {found[n] * 1e3:14.2f}  {again[n] * 1e3:11.1f}"
+        times = f"{n:7}  {token * 1e3:14.2f}  {whole * 1e3:11.1f}"
         print(f"{times}  {real / 2**20:16.1f}  {predicted / 2**20:20.1f}  {real / predicted:5.3f} {near}")
 
     a, b = fit(contexts, with_cache, (0, 1))
     c1, c2 = fit(contexts, without, (1, 2))
     one = cfg.n_layers * K * (cfg.H + cfg.Hv) * jnp.dtype(cfg.dtype).itemsize
-    bound = one / found["copy"]
+    bound = one / copied
     print(f"with the cache: {a * 1e3:.2f} ms + {b * 1e9:.0f} ns · context; exponents {exponents(contexts, with_cache)}")
-    print(f"  keys and values of a position, {one:,} bytes, at {found['copy'] / 1e9:.1f} GB/s (copying): ", end="")
+    print(f"  keys and values of a position, {one:,} bytes, at {copied / 1e9:.1f} GB/s (copying): ", end="")
     print(f"{bound * 1e9:.0f} ns; {b / bound:.2f} × as long was measured")
     print(f"without: {c1 * 1e6:.1f} µs · context + {c2 * 1e9:.2f} ns · context²; ", end="")
     print(f"exponents {exponents(contexts, without)}; at {contexts[-1]:,} tokens the square is ", end="")

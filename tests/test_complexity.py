@@ -10,6 +10,7 @@ import tx_jax as tx
 from tx_jax.complexity import __main__ as command
 from tx_jax.complexity.costs import n_bytes, total
 from tx_jax.complexity.leaves import leaves
+from tx_jax.complexity.measure import Curve, measure, report
 from tx_jax.complexity.train_flops import make_train_flops
 from tx_jax.ops import attention
 from tx_jax.presets import MODELS
@@ -178,6 +179,24 @@ def test_chinchilla(n_layers, d_model, n_heads, d_head, printed):
     softmax = 3 * n_heads * 2048**2 * n_layers
     n_params = sum(leaf.n_params for leaf in leaves(cfg)) + n_layers * d_model**2
     assert round((blocks + scores + softmax) / (2 * n_params * 2048), 2) == pytest.approx(printed, abs=0.0051)
+
+
+def test_an_exponent_is_a_slope_over_the_upper_half():
+    sizes = (1, 2, 4, 8, 16)
+    curve = Curve("x", "tokens", sizes, tuple(3 * n**1.5 for n in sizes), sizes, tuple(n**2 for n in sizes))
+    assert (curve.exponent, curve.predicted) == pytest.approx((1.5, 2.0))
+    assert "x in tokens                          measured 1.50   FLOPs 2.00   (1 … 16: 3,000.00 … " in report([curve])
+
+
+def test_what_is_measured_grows_as_the_formulas_say():
+    curves = measure(MODELS["gpt2-small"](), (16, 32, 64), (32, 64, 128), 1)
+    found = {(curve.name, curve.size): curve for curve in curves}
+    predicted = {key: round(curve.predicted, 1) for key, curve in found.items()}
+    assert predicted == {
+        ("attention", "tokens"): 2.0, ("feed-forward", "tokens"): 1.0, ("feed-forward", "width"): 2.0,
+        ("next token, cached", "tokens"): 0.1, ("next token, without cache", "tokens"): 1.1,
+    }  # fmt: skip
+    assert all(len(curve.seconds) == 3 and min(curve.seconds) > 0 for curve in found.values())
 
 
 def test_what_cannot_be():

@@ -36,3 +36,17 @@ def memory_in_use() -> int:
     told = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
     unit = 1 if sys.platform == "darwin" else 1024
     return max(told) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def memory_of(program: Any) -> int:
+    """The bytes that a device holds at most while a compiled program runs, by XLA's own account."""
+    found = program.memory_analysis()
+    held = found.argument_size_in_bytes + found.temp_size_in_bytes + found.output_size_in_bytes
+    return held - found.alias_size_in_bytes
+
+
+def memory_limit() -> int:
+    """The bytes of one device, or of this machine where the device does not tell; 0: none is known."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    told = "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {})
+    return stats.get("bytes_limit") or (os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if told else 0)

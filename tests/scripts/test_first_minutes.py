@@ -75,7 +75,7 @@ def test_a_dry_run_refuses_what_the_run_would(run, train, tiny, capsys):
 
 
 def test_what_does_not_fit_is_not_tried(train, tiny, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(plan, "_room", lambda: 1000)
+    monkeypatch.setattr(plan, "memory_limit", lambda: 1000)
     train([*tiny, "--run-dir", str(tmp_path / "new"), "--dry-run"])
     assert "not taken: the step does not fit; see --train.remat" in capsys.readouterr().out
 

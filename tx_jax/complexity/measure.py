@@ -3,7 +3,7 @@
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -74,18 +74,39 @@ def measure(
     """
     cases = [case for n in lengths for case in _at_length(cfg, n)] + [_at_width(cfg, d) for d in widths]
     programs = [jax.jit(case.function).lower(*case.args).compile() for case in cases]
-    times: list[list[float]] = [[] for _ in cases]
-    for _ in range(rounds + 1):
-        for case, program, found in zip(cases, programs, times, strict=True):
-            start = time.perf_counter()
-            jax.block_until_ready(program(*case.args))
-            found.append(time.perf_counter() - start)
+    seconds = medians([clocked(program, *case.args) for program, case in zip(programs, cases, strict=True)], rounds)
     points: dict[tuple[str, str], list[tuple]] = {}
-    for case, program, found in zip(cases, programs, times, strict=True):
+    for case, program, found in zip(cases, programs, seconds, strict=True):
         memory: Any = program.memory_analysis()
-        point = case.n, statistics.median(found[1:]), memory.temp_size_in_bytes, case.flops
-        points.setdefault((case.name, case.size), []).append(point)
+        points.setdefault((case.name, case.size), []).append((case.n, found, memory.temp_size_in_bytes, case.flops))
     return [Curve(*key, *zip(*rows, strict=True)) for key, rows in points.items()]
+
+
+def clocked(function: Callable, *args: Any) -> Callable[[], float]:
+    """A call as a function that gives its seconds."""
+
+    def once() -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(function(*args))
+        return time.perf_counter() - start
+
+    return once
+
+
+def medians(runs: Sequence[Callable[[], float]], rounds: int) -> list[float]:
+    """Of what each gives, all called in turn, and once more before that to warm up."""
+    found = [[run() for run in runs] for _ in range(rounds + 1)]
+    return [statistics.median(values) for values in zip(*found[1:], strict=True)]
+
+
+def make_read_again(model: Any) -> Callable[[dict, Any], Any]:
+    """(params, tokens) → the logits of the last token, of all that is computed again."""
+
+    def read_again(params: dict, tokens: Any) -> Any:
+        hidden, _ = model.apply({"params": params}, tokens, method="hidden")
+        return model.apply({"params": params}, hidden[:, -1], method="logits")
+
+    return read_again
 
 
 def _small(cfg: ModelConfig, max_len: int, d_model: int = WIDTH) -> ModelConfig:
@@ -108,12 +129,10 @@ def _at_length(cfg: ModelConfig, n: int) -> list[Case]:
     def attend(q: Any, k: Any) -> Any:
         return attention(q, k, k, Mask(causal=True))
 
+    read_again = make_read_again(model)
+
     def next_token(params: Any, token: Any, cache: Any) -> Any:
         return model.apply({"params": params}, token, cache=cache)
-
-    def read_again(params: Any, tokens: Any) -> Any:
-        hidden: Any = model.apply({"params": params}, tokens, method="hidden")
-        return model.apply({"params": params}, hidden[0][:, -1], method="logits")
 
     return [
         Case("attention", "tokens", n, attend, (q, q[:, :, : cfg.K]), found.forward["attention scores"].flops),

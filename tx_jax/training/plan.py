@@ -6,7 +6,6 @@ Of a preset by its FLOPs alone, in a line; of one run by compiling its step and 
 import contextlib
 import dataclasses
 import math
-import os
 import statistics
 import time
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from tx_jax.complexity.table import of_bytes, si
 from tx_jax.complexity.train_flops import make_train_flops
 from tx_jax.config import ModelConfig
 from tx_jax.data.batches import Batch, PairBatch
+from tx_jax.memory import memory_limit, memory_of
 from tx_jax.models import count_params
 from tx_jax.presets import MODELS
 from tx_jax.run_config import RunConfig
@@ -78,7 +78,7 @@ def plan(cfg: RunConfig) -> Iterator[str]:
         start = time.perf_counter()
         make = run.launch.make_state(lambda key: run.layouts.stack(run.start(key)))
         program = run.launch.lower(jax.eval_shape(make, jax.random.key(0)), batches[0].batch).compile()
-        compiling, needed, room = time.perf_counter() - start, _held(program), _room()
+        compiling, needed, room = time.perf_counter() - start, memory_of(program), memory_limit()
         parts = f"state {of_bytes(n_bytes(state))}" + f", of {of_bytes(room)}" * bool(room)
         yield f"memory       {of_bytes(needed)} a device: {parts}"
         yield f"FLOPs        {si(usual)}FLOP a step, {si(usual * (n - done))}FLOP in all"
@@ -97,20 +97,6 @@ def _times(run: Run, n: int, seconds: float, compiling: float) -> str:
     where = f"{jax.device_count()} × {jax.devices()[0].device_kind}"
     told = f"time         {clock(n * seconds)} on {where}: {si(seconds)}s a step"
     return f"{told}; evaluating adds {clock(looks)}, compiling {clock(compiling)}"
-
-
-def _held(program: Any) -> int:
-    """The bytes that a device holds at most while a program runs."""
-    found = program.memory_analysis()
-    held = found.argument_size_in_bytes + found.temp_size_in_bytes + found.output_size_in_bytes
-    return held - found.alias_size_in_bytes
-
-
-def _room() -> int:
-    """The bytes of one device, or of this machine where the device does not tell; 0: none is known."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    told = "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {})
-    return stats.get("bytes_limit") or (os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if told else 0)
 
 
 def _step_time(program: Any, state: Any, batch: Any) -> float:
