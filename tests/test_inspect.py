@@ -18,6 +18,7 @@ import tx_jax as tx
 from tx_jax import config
 from tx_jax.config import ModelConfig
 from tx_jax.inspect.architecture import README, draw, gallery
+from tx_jax.inspect.journeys import SAMPLING, TRAINING, journeys
 from tx_jax.inspect.look import entropy, logit_lens, look
 from tx_jax.inspect.page import browse
 from tx_jax.inspect.plots import (
@@ -130,10 +131,21 @@ def test_title_is_escaped():
     assert words(draw(SMALL, "<a & b>"))[-1] == "<a & b>"
 
 
-def test_the_figure_of_the_readme_is_what_the_code_draws():
-    figure = Path(config.__file__).parents[1] / "figures" / "architectures.svg"
-    assert figure.read_text(encoding="utf-8") == gallery(*README)
+def test_the_figures_are_what_the_code_draws():
+    figures, drawn = Path(config.__file__).parents[1] / "figures", {"architectures": gallery(*README)}
+    for name, picture in {**drawn, "journeys": journeys()}.items():
+        assert (figures / f"{name}.svg").read_text(encoding="utf-8") == picture
     assert set(README) < set(words(gallery(*README)))
+
+
+@pytest.mark.parametrize("journey", [TRAINING, SAMPLING], ids=["training", "sampling"])
+def test_the_files_of_a_journey_are_there(journey):
+    for files in [station.files for station in journey.stations] + [f"decoding/{line}" for line in journey.other]:
+        directory = Path(config.__file__).parent
+        for name in re.findall(r"[\w/]+\.py", files):  # one without a directory is beside the one before, or above all
+            beside = directory / name
+            directory = (beside if beside.exists() else Path(config.__file__).parent / name).parent
+            assert (directory / Path(name).name).exists()
 
 
 def write_metrics(run_dir):

@@ -27,7 +27,7 @@ BOX, GAP, ROW, COLUMN = 172, 16, 14, 276  # pixels: a box's width, the height be
 README = ("vaswani-base", "gpt2-small", "llama3-8b")  # the presets in its picture
 FIRST = BOX / 2 + 26  # where the first column has its middle
 STYLE = """<style>text{font:11px system-ui,-apple-system,'Segoe UI',Helvetica,Arial,sans-serif;fill:#54606e}
-text{text-anchor:middle}.l{text-anchor:start}.b{font-weight:600;font-size:12.5px;fill:#1d2733}.h{font-size:17px}
+text{text-anchor:middle}.l{text-anchor:start}.b{font-weight:600;font-size:12.5px;fill:#1d2733}.h{font-size:17px}.d{fill:#1d2733}
 .w{fill:none;stroke:#5c6877;stroke-width:1.4}.g{stroke:#9aa5b1}</style>
 <marker id="to" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">
 <path d="M0 0.5L8 4L0 7.5z" fill="#5c6877"/></marker>"""
@@ -56,11 +56,11 @@ def draw(cfg: ModelConfig, title: str = "", height: Number = 0) -> str:
         (_, end, _), (_, _, memory) = drawn
         down = 8 if memory > end - 42 else -8
         path = f"M{FIRST} {end}V{end - 26}q0 -8 8 -8H{COLUMN - 12}q8 0 8 {down}V{memory - down}"
-        shapes.append(_wire(f"{path}q0 {down} 8 {down}H{COLUMN + 25}"))
+        shapes.append(wire(f"{path}q0 {down} 8 {down}H{COLUMN + 25}"))
     top, width = min(*(end - 64 for _, end, _ in drawn), 20 - height), COLUMN * len(columns)
     n_params = "" if cfg.vocab_size is None else f" · {count_params(cfg):,} parameters"
-    shapes += _text((title or cfg.stack.replace("_", "-"),), width / 2, top + 28, "b h")
-    shapes += _text((f"D {cfg.d_model:,}{n_params}",), width / 2, top + 46)
+    shapes += text((title or cfg.stack.replace("_", "-"),), width / 2, top + 28, "b h")
+    shapes += text((f"D {cfg.d_model:,}{n_params}",), width / 2, top + 46)
     size = f'width="{width}" height="{20 - top}"'
     card = f'<rect y="{top}" {size} rx="12" fill="#fff"/>'
     box = f'viewBox="0 {top} {width} {20 - top}"'
@@ -122,12 +122,12 @@ def _drawn(parts: list[Part], x: Number) -> tuple[list[str], Number, Number]:
             size = f'width="{BOX + 40}" height="{low - y}" rx="9"'
             shapes.insert(0, f'<rect x="{left - 12}" y="{y}" {size} fill="#f2f4f7"/>')
             shapes.append(f'<path class="w g" d="M{right + 33} {y + 4}h5V{low - 4}h-5"/>')
-            shapes += _text((label,), right + 44, (y + low) / 2 + 4, "b l")
+            shapes += text((label,), right + 44, (y + low) / 2 + 4, "b l")
         elif kind == "name" and not shapes:
-            shapes += _text(lines, x, -2, "b")
+            shapes += text(lines, x, -2, "b")
             y = tip = -16
         else:
-            shapes.append(_wire(f"M{x} {tip}V{y - GAP}"))
+            shapes.append(wire(f"M{x} {tip}V{y - GAP}"))
             high = {"add": 16, "name": 20}.get(kind, ROW * len(lines) + 11)
             middle, y = y - GAP - high / 2, y - GAP - high
             tip = y
@@ -135,23 +135,25 @@ def _drawn(parts: list[Part], x: Number) -> tuple[list[str], Number, Number]:
                 shapes.append(f'<circle class="w" cx="{x}" cy="{middle}" r="8"/>')
                 shapes.append(f'<path class="w" d="M{x - 4} {middle}h8m-4 -4v8"/>')
                 side = right + 14
-                residual = _wire(f"M{x} {fork}H{side - 8}q8 0 8 -8V{middle + 8}q0 -8 -8 -8H{x + 9}")
-                shapes += _text(lines, x + 16, middle + 4, "l") if lines else [residual]
+                residual = wire(f"M{x} {fork}H{side - 8}q8 0 8 -8V{middle + 8}q0 -8 -8 -8H{x + 9}")
+                shapes += text(lines, x + 16, middle + 4, "l") if lines else [residual]
             elif kind == "name":
-                shapes += _text(lines, x, y + 16, "b")
+                shapes += text(lines, x, y + 16, "b")
             else:
                 fill, edge = PAINT[kind]
                 box = f'x="{left}" y="{y}" width="{BOX}" height="{high}" rx="7" fill="{fill}" stroke="{edge}"'
-                shapes += [f"<rect {box}/>", *_text(lines[:1], x, y + 17, "b"), *_text(lines[1:], x, y + 17 + ROW)]
+                shapes += [f"<rect {box}/>", *text(lines[:1], x, y + 17, "b"), *text(lines[1:], x, y + 17 + ROW)]
                 memory = middle if lines[0] == "Cross-attention" else memory
     return shapes, tip, memory
 
 
-def _wire(path: str) -> str:
+def wire(path: str) -> str:
+    """An arrow along a path."""
     return f'<path class="w" d="{path}" marker-end="url(#to)"/>'
 
 
-def _text(lines: Iterable[str], x: Number, y: Number, kind: str = "") -> list[str]:
+def text(lines: Iterable[str], x: Number, y: Number, kind: str = "") -> list[str]:
+    """Lines around x, the first on y; kind: classes of STYLE."""
     return [f'<text class="{kind}" x="{x}" y="{y + ROW * i}">{escape(line)}</text>' for i, line in enumerate(lines)]
 
 
