@@ -7,7 +7,7 @@ REFERENCE ?= yes# torch and transformers, the oracle of public weights; empty: w
 
 PYTEST = $(BIN)/python -m pytest -n $(or $(WORKERS),$(shell nproc 2>/dev/null || echo 2))
 
-.PHONY: demo test check faults shuffled figures clean
+.PHONY: demo test check docs faults shuffled figures clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python train.py gpt-shakespeare --run-dir runs/demo
@@ -37,10 +37,15 @@ check: $(VENV)/.test $(VENV)/.check
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(MAKE) test
 
+# The site, into site/; with EXECUTE=1 notebooks are run, which takes minutes. --quiet would hide warnings from --strict.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	$(BIN)/python docs/tools/links.py site
+
 figures: $(VENV)/.demo
 	$(BIN)/python -m tx_jax.inspect figures
 
-$(VENV)/.demo $(VENV)/.test $(VENV)/.check $(VENV)/.reference: pyproject.toml
+$(VENV)/.demo $(VENV)/.test $(VENV)/.check $(VENV)/.docs $(VENV)/.reference: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo 'error: $(PYTHON) is older than Python 3.11; run make PYTHON=/path/to/a/newer/python'; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

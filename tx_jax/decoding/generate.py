@@ -94,9 +94,10 @@ def decode(
 ) -> Generation:
     """`max_new_tokens` tokens from what `prefill` gave; the loop ends when all rows have.
 
+    What is not named here is as of `generate`; memory may serve several rows each.
+
     Args:
         prompt: what rules of the sampler are to see of the text before; None: nothing.
-        The others are those of `generate`; memory may serve several rows each.
     """
     ends = None if eos_id is None else jnp.atleast_1d(jnp.asarray(eos_id, jnp.int32))
     how = {"sampler": as_arrays(sampler, logits.shape[1]), "key": key, "automaton": automaton}

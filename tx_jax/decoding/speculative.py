@@ -57,12 +57,11 @@ def speculate(
     key: Keys | None = None,
     eos_id: int | tuple[int, ...] | None = None,
 ) -> Speculation:
-    """`generate`, in fewer passes of the model.
+    """`generate`, in fewer passes of the model. What is not named here is as there.
 
     Args:
         draft: a model of the same vocabulary, and its parameters; None: look-up, for texts that repeat their prompt.
         n_draft: tokens that are proposed at a time.
-        The others are those of `generate`.
 
     >>> from tx_jax import ModelConfig, build, init_params
     >>> model = build(ModelConfig(vocab_size=7, d_model=8, n_heads=2, n_layers=1))
