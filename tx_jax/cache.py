@@ -20,7 +20,11 @@ CACHE_DTYPES = ("float32", "bfloat16", "int8")
 
 class LayerCache(NamedTuple):
     """Keys and values of one layer, as attention's two products read them: in another order, XLA on CPU would copy all
-    of a cache at each step."""
+    of a cache at each step.
+
+    >>> init_cache(ModelConfig(n_heads=8, d_model=256), batch_size=2, n_slots=16).layers[0].k.shape
+    (2, 8, 32, 16)
+    """
 
     k: Float[Array, "B K H S"] | Int8
     v: Float[Array, "B K S Hv"] | Int8
@@ -30,7 +34,11 @@ SLOTS, WIDTH = (3, 2), (2, 3)  # which axis of k and of v is that of the slots, 
 
 
 class Cache(NamedTuple):
-    """Keys and values of all layers, and the position that each slot holds (−1: empty)."""
+    """Keys and values of all layers, and the position that each slot holds (−1: empty).
+
+    >>> Cache(layers=(), positions=jnp.array([[0, 1, 2, -1], [0, -1, -1, -1]])).next_positions().tolist()
+    [3, 1]
+    """
 
     layers: tuple[LayerCache, ...]
     positions: Int[Array, "B S"]
@@ -54,6 +62,7 @@ def init_cache(cfg: ModelConfig, batch_size: int, n_slots: int | None = None, dt
 
     Raises:
         InputError: batch_size or n_slots is below 1, or dtype is none of CACHE_DTYPES.
+    Source: sinks and their ring: Xiao et al. 2023 (StreamingLLM), §3.2.
     """
     n_slots = cfg.max_len if n_slots is None else n_slots
     require(batch_size >= 1, f"batch_size={batch_size} must be at least 1")
@@ -121,6 +130,9 @@ def resize_cache(cache: Cache, n_slots: int, batch_size: int | None = None, n_si
 
     >>> resize_cache(init_cache(ModelConfig(), 1, 16), 40, batch_size=3).positions.shape
     (3, 40)
+
+    Raises:
+        InputError: n_slots is below 1, or batch_size is no multiple of the cache's rows.
     """
     B = len(cache.positions)
     n_each = 1 if batch_size is None else batch_size // B

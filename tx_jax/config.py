@@ -26,7 +26,17 @@ OF_THE_RUN = ("dropout_rate", "attention_dropout_rate", "dtype")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RotaryConfig:
-    """Rotary frequencies, and how they are stretched beyond the trained context."""
+    """Rotary frequencies, and how they are stretched beyond the trained context.
+
+    Raises:
+        InputError: a field is out of its bounds.
+    Source: Su et al. 2021 (RoFormer), §3.2.2; linear: Chen et al. 2023; ntk: bloc97 2023; yarn: Peng et al. 2023, §3.2;
+        llama3: Llama 3.1's model card and reference code.
+
+    >>> rotary = RotaryConfig(scaling="yarn", factor=4.0)
+    >>> rotary.original_len * rotary.factor  # tokens
+    32768.0
+    """
 
     base: float = 10_000.0  # θ of RoFormer §3.2.2; 500,000 in LLaMA 3
     window_base: float | None = (
@@ -56,7 +66,14 @@ class RotaryConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The shape of a Transformer. A family (GPT-2, LLaMA, T5, …) is a value of this class: see presets.py."""
+    """The shape of a Transformer. A family (GPT-2, LLaMA, T5, …) is a value of this class: see presets.py.
+
+    Raises:
+        InputError: a field is out of its bounds, or two do not fit together.
+
+    >>> ModelConfig(d_model=64, n_heads=4).H  # the width of a head
+    16
+    """
 
     stack: Stack = "decoder"  # decoder | encoder | encoder_decoder
     vocab_size: int | None = None  # tokens; None until a tokenizer fills it in

@@ -41,7 +41,9 @@ def init_lora(params: PyTree, key: PRNGKeyArray, rank: int, targets: str = TARGE
     (3, 2)
 
     Raises:
-        InputError: nothing matches, or what does is no matrix, or has no room for the rank.
+        InputError: rank is below 1, targets is no regular expression or matches nothing, or what it matches is no
+            matrix or has no room for the rank; or params are in 8 bits.
+    Source: Hu et al. 2021, §4.1.
     """
     leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda leaf: isinstance(leaf, Int8))
     require(not any(isinstance(leaf, Int8) for _, leaf in leaves), _NO_INT8)
@@ -98,7 +100,8 @@ def merge_lora(params: PyTree, lora: PyTree, alpha: float) -> Any:
     [[7.0, 6.0], [6.0, 7.0]]
 
     Raises:
-        InputError: the adapters are not of this tree.
+        InputError: the adapters are not of this tree, or what they adapt is in 8 bits.
+    Source: Hu et al. 2021, §4.1.
     """
     if isinstance(lora, Adapter):
         return _add(params, lora, alpha)

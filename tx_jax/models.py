@@ -20,7 +20,19 @@ from tx_jax.modules.linear import TABLE_INITS, Linear
 
 
 class DecoderLM(nn.Module):
-    """A causal language model: GPT-2, LLaMA and their kin."""
+    """A causal language model: GPT-2, LLaMA and their kin.
+
+    >>> model = DecoderLM(ModelConfig(vocab_size=7, d_model=8, n_heads=2, n_layers=1))
+    >>> params, tokens = init_params(model, jax.random.key(0)), jnp.array([[5, 6, 4]])
+    >>> logits, cache = jax.jit(model.apply)({"params": params}, tokens)
+    >>> logits.shape, cache
+    ((1, 3, 7), None)
+
+    Raises:
+        InputError: in a call, ids outside of the vocabulary where they can be seen, more tokens than learned positions
+            or slots, or a cache with segments or with stacked layers.
+    Source: Radford et al. 2019 (GPT-2), §2.3; Touvron et al. 2023 (LLaMA), §2.2.
+    """
 
     cfg: ModelConfig
     remat: str = "none"  # what a block keeps for its gradient (KEPT of modules.block)
@@ -74,7 +86,18 @@ class DecoderLM(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A bidirectional encoder: BERT and its kin."""
+    """A bidirectional encoder: BERT and its kin.
+
+    >>> model = Encoder(ModelConfig(stack="encoder", vocab_size=7, d_model=8, n_heads=2, n_layers=1))
+    >>> params, tokens = init_params(model, jax.random.key(0)), jnp.array([[5, 6, 4]])
+    >>> jax.jit(model.apply)({"params": params}, tokens)[0].shape
+    (1, 3, 7)
+
+    Raises:
+        InputError: in a call, ids outside of the vocabulary where they can be seen, or more tokens than learned
+            positions.
+    Source: Devlin et al. 2019 (BERT), §3.
+    """
 
     cfg: ModelConfig
     remat: str = "none"  # what a block keeps for its gradient (KEPT of modules.block)
@@ -128,7 +151,18 @@ class Encoder(nn.Module):
 
 
 class EncoderDecoder(nn.Module):
-    """The Transformer of Vaswani et al. 2017: an encoder, and a decoder that attends to it."""
+    """The Transformer of Vaswani et al. 2017: an encoder, and a decoder that attends to it.
+
+    >>> model = EncoderDecoder(ModelConfig(stack="encoder_decoder", vocab_size=7, d_model=8, n_heads=2, n_layers=1))
+    >>> params, source, tokens = init_params(model, jax.random.key(0)), jnp.array([[5, 6, 4]]), jnp.array([[1, 3]])
+    >>> jax.jit(model.apply)({"params": params}, source, tokens)[0].shape
+    (1, 2, 7)
+
+    Raises:
+        InputError: in a call, ids outside of the vocabulary where they can be seen, more tokens than learned positions
+            or slots, a cache with stacked layers, or rows of the target that are no multiple of those of the source.
+    Source: Vaswani et al. 2017, §3.1.
+    """
 
     cfg: ModelConfig
     remat: str = "none"  # what a block keeps for its gradient (KEPT of modules.block)
@@ -229,7 +263,15 @@ def build(cfg: ModelConfig, remat: str = "none") -> Model:
 
 
 def init_params(model: Model, key: PRNGKeyArray) -> dict:
-    """A fresh float32 parameter tree; under `jax.eval_shape`, its shapes alone."""
+    """A fresh float32 parameter tree; under `jax.eval_shape`, its shapes alone.
+
+    >>> model = build(ModelConfig(vocab_size=7, d_model=8, n_heads=2, n_layers=1))
+    >>> init_params(model, jax.random.key(0))["embed"]["table"].shape
+    (7, 8)
+
+    Raises:
+        InputError: the config has no vocab_size yet.
+    """
     token = jnp.zeros((1, 1), jnp.int32)
     inputs = (token, token) if isinstance(model, EncoderDecoder) else (token,)
     return jax.jit(model.init)(key, *inputs)["params"]  # compiled, the forward pass itself is left out
@@ -240,6 +282,9 @@ def count_params(cfg: ModelConfig) -> int:
 
     >>> count_params(ModelConfig(vocab_size=7, d_model=8, n_heads=2, n_layers=1))
     848
+
+    Raises:
+        InputError: the config has no vocab_size yet.
     """
     shapes = jax.eval_shape(lambda key: init_params(build(cfg), key), jax.random.key(0))
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))

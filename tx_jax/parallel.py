@@ -50,6 +50,9 @@ class Launcher(NamedTuple):
 def make_mesh(cfg: MeshConfig = MeshConfig(), devices: list | None = None) -> Mesh:
     """A mesh of AXES. Axes of None are 1, but data takes all devices that are left.
 
+    >>> make_mesh(MeshConfig(fsdp=1), devices=jax.devices()[:1]).shape["data"]
+    1
+
     Raises:
         InputError: the axes do not multiply to the number of devices.
     """
@@ -130,7 +133,16 @@ def jit_step(step: Callable, state: Any, mesh: Mesh | None = None) -> Launcher:
     """`step` on a mesh (None: of one device), which may be of many hosts: parameters by RULES, the batch by its axes.
 
     Args:
+        step: a pure (state, batch) → (state, metrics), such as that of `make_train_step`.
         state: a TrainState, or its shapes from `jax.eval_shape`.
+
+    >>> launcher = jit_step(lambda state, batch: (state + batch[0].sum(), {}), state=jnp.zeros(()))
+    >>> state, _ = launcher.step(launcher.put_state(jnp.zeros(())), launcher.put_batch((np.ones((2, 3)),)))
+    >>> float(launcher.host_state(state))
+    6.0
+
+    Raises:
+        InputError: in put_batch: rows that are no multiple of the devices that share them, or tokens of mesh.sequence.
     """
     mesh = make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
     places, n_parts = shardings(state, mesh), math.prod(mesh.shape[axis] for axis in BATCH_AXES)
@@ -172,7 +184,16 @@ def jit_step(step: Callable, state: Any, mesh: Mesh | None = None) -> Launcher:
 
 
 def pmap_step(step: Callable, devices: list | None = None) -> Launcher:
-    """`step`, made with axis_name=AXIS, on every device of this host, each with a copy of the state."""
+    """`step`, made with axis_name=AXIS, on every device of this host, each with a copy of the state.
+
+    >>> launcher = pmap_step(lambda state, batch: (state + jax.lax.psum(batch[0].sum(), AXIS), {}))
+    >>> state, _ = launcher.step(launcher.put_state(jnp.zeros(())), launcher.put_batch((np.ones((8, 3)),)))
+    >>> float(launcher.host_state(state))
+    24.0
+
+    Raises:
+        InputError: in put_batch: rows that are no multiple of the devices.
+    """
     devices = jax.local_devices() if devices is None else devices
     n = len(devices)
     mesh = Mesh(np.asarray(devices), (AXIS,))

@@ -28,6 +28,9 @@ def vaswani_base() -> ModelConfig:
 
     Its vocabulary is that of the counts: base and all rows of B and C, rounded, print theirs with 41,004 to 41,208
     tokens and with no others. §5.1 says "about 37000", with which base has 63 · 10⁶.
+
+    >>> vaswani_base().d_model
+    512
     """
     return _vaswani(41_100, 512, 8, 2048, 0.1)
 
@@ -37,6 +40,9 @@ def vaswani_big() -> ModelConfig:
 
     It has the 37,000 tokens of §5.1. The printed count would need 35,368 to 36,344, which no other row and no text of
     the paper has; with the 41,100 of base it would be 218 · 10⁶.
+
+    >>> vaswani_big().d_model
+    1024
     """
     return _vaswani(37_000, 1024, 16, 4096, 0.3)
 
@@ -65,7 +71,11 @@ VASWANI_ROWS: dict[str, dict[str, Any]] = {
 
 
 def vaswani_row(name: str) -> ModelConfig:
-    """Vaswani et al. 2017, a row of Table 3 by its name in VASWANI_ROWS, with the count that it prints."""
+    """Vaswani et al. 2017, a row of Table 3 by its name in VASWANI_ROWS, with the count that it prints.
+
+    >>> vaswani_row("vaswani-b-key-16").H
+    16
+    """
     return dataclasses.replace(vaswani_base(), **VASWANI_ROWS[name])
 
 
@@ -79,22 +89,38 @@ def _gpt2(d_model: int, n_layers: int, n_heads: int) -> ModelConfig:
 
 
 def gpt2_small() -> ModelConfig:
-    """GPT-2: 124,439,808 parameters."""
+    """GPT-2 (Radford et al. 2019, §2.3): 124,439,808 parameters.
+
+    >>> gpt2_small().n_layers
+    12
+    """
     return _gpt2(768, 12, 12)
 
 
 def gpt2_medium() -> ModelConfig:
-    """GPT-2 medium: 354,823,168 parameters."""
+    """GPT-2 medium (Radford et al. 2019, §2.3): 354,823,168 parameters.
+
+    >>> gpt2_medium().n_layers
+    24
+    """
     return _gpt2(1024, 24, 16)
 
 
 def gpt2_large() -> ModelConfig:
-    """GPT-2 large: 774,030,080 parameters."""
+    """GPT-2 large (Radford et al. 2019, §2.3): 774,030,080 parameters.
+
+    >>> gpt2_large().n_layers
+    36
+    """
     return _gpt2(1280, 36, 20)
 
 
 def gpt2_xl() -> ModelConfig:
-    """GPT-2 XL: 1,557,611,200 parameters."""
+    """GPT-2 XL (Radford et al. 2019, §2.3): 1,557,611,200 parameters.
+
+    >>> gpt2_xl().n_layers
+    48
+    """
     return _gpt2(1600, 48, 25)
 
 
@@ -119,43 +145,75 @@ def _llama(
 
 
 def llama2_7b() -> ModelConfig:
-    """LLaMA 2 7B (Touvron et al. 2023b): 6,738,415,616 parameters."""
+    """LLaMA 2 7B (Touvron et al. 2023b): 6,738,415,616 parameters.
+
+    >>> llama2_7b().max_len
+    4096
+    """
     return _llama(32_000, 4096, 4096, 32, 32, 11_008)
 
 
 def llama2_13b() -> ModelConfig:
-    """LLaMA 2 13B: 13,015,864,320 parameters."""
+    """LLaMA 2 13B (Touvron et al. 2023b): 13,015,864,320 parameters.
+
+    >>> llama2_13b().d_model
+    5120
+    """
     return _llama(32_000, 4096, 5120, 40, 40, 13_824)
 
 
 def llama2_70b() -> ModelConfig:
-    """LLaMA 2 70B: 68,976,648,192 parameters."""
+    """LLaMA 2 70B (Touvron et al. 2023b): 68,976,648,192 parameters.
+
+    >>> llama2_70b().K
+    8
+    """
     return _llama(32_000, 4096, 8192, 80, 64, 28_672, n_kv_heads=8)
 
 
 def llama3_8b() -> ModelConfig:
-    """Llama 3 8B (Grattafiori et al. 2024, Table 3): 8,030,261,248 parameters."""
+    """Llama 3 8B (Grattafiori et al. 2024, Table 3): 8,030,261,248 parameters.
+
+    >>> llama3_8b().rotary.base
+    500000.0
+    """
     return _llama(128_256, 8192, 4096, 32, 32, 14_336, n_kv_heads=8, rotary=RotaryConfig(base=500_000.0))
 
 
 def llama3_70b() -> ModelConfig:
-    """Llama 3 70B: 70,553,706,496 parameters."""
+    """Llama 3 70B (Grattafiori et al. 2024, Table 3): 70,553,706,496 parameters.
+
+    >>> llama3_70b().n_layers
+    80
+    """
     return _llama(128_256, 8192, 8192, 80, 64, 28_672, n_kv_heads=8, rotary=RotaryConfig(base=500_000.0))
 
 
 def llama3_2_1b() -> ModelConfig:
-    """Llama 3.2 1B: 1,235,814,400 parameters; its frequencies are stretched 32 times from 8,192 tokens."""
+    """Llama 3.2 1B: 1,235,814,400 parameters; its frequencies are stretched 32 times from 8,192 tokens.
+
+    >>> llama3_2_1b().rotary.factor
+    32.0
+    """
     rotary = RotaryConfig(base=500_000.0, scaling="llama3", factor=32.0, original_len=8192)
     return _llama(128_256, 131_072, 2048, 16, 32, 8192, n_kv_heads=8, rotary=rotary, tie_head=True)
 
 
 def smollm2_135m() -> ModelConfig:
-    """SmolLM2-135M (Ben Allal et al. 2025): 134,515,008 parameters."""
+    """SmolLM2-135M (Ben Allal et al. 2025): 134,515,008 parameters.
+
+    >>> smollm2_135m().n_layers
+    30
+    """
     return _llama(49_152, 8192, 576, 30, 9, 1536, n_kv_heads=3, rotary=RotaryConfig(base=100_000.0), tie_head=True)
 
 
 def mixtral_8x7b() -> ModelConfig:
-    """Mixtral 8x7B (Jiang et al. 2024): 46,702,792,704 parameters, of which a token reads 12,879,925,248."""
+    """Mixtral 8x7B (Jiang et al. 2024): 46,702,792,704 parameters, of which a token reads 12,879,925,248.
+
+    >>> mixtral_8x7b().E
+    8
+    """
     dense = _llama(32_000, 32_768, 4096, 32, 32, 14_336, n_kv_heads=8, rotary=RotaryConfig(base=1_000_000.0))
     return dataclasses.replace(dense, n_experts=8, n_experts_per_token=2)
 
@@ -172,17 +230,29 @@ def _t5(d_model: int, n_layers: int, n_heads: int, d_mlp: int) -> ModelConfig:
 
 
 def t5_small() -> ModelConfig:
-    """T5 small: 60,506,624 parameters."""
+    """T5 small (Raffel et al. 2020): 60,506,624 parameters.
+
+    >>> t5_small().positions
+    't5'
+    """
     return _t5(512, 6, 8, 2048)
 
 
 def t5_base() -> ModelConfig:
-    """T5 base: 222,903,552 parameters."""
+    """T5 base (Raffel et al. 2020): 222,903,552 parameters.
+
+    >>> t5_base().n_layers
+    12
+    """
     return _t5(768, 12, 12, 3072)
 
 
 def bert_base() -> ModelConfig:
-    """BERT base uncased with its pooler (Devlin et al. 2019): 109,482,240 parameters."""
+    """BERT base uncased with its pooler (Devlin et al. 2019): 109,482,240 parameters.
+
+    >>> bert_base().stack
+    'encoder'
+    """
     return ModelConfig(
         stack="encoder", vocab_size=30_522, max_len=512, d_model=768, n_layers=12, n_heads=12,
         norm_embeddings=True, n_token_types=2, pooler=True, positions="learned",

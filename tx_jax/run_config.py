@@ -1,7 +1,4 @@
-"""A training run as a frozen value: what is read, how it is optimised, for how long, on which devices.
-
-Like a ModelConfig it is data that checks itself; a run directory keeps it as config.json.
-"""
+"""A training run as a frozen value that checks itself: what is read, how it is optimised, how long, on what."""
 
 import dataclasses
 import difflib
@@ -34,7 +31,11 @@ STACKS = {  # that an objective trains
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What is read, and how it is cut into batches."""
+    """What is read, and how it is cut into batches.
+
+    Example:
+        >>> assert DataConfig(seq_len=32).batch_size == 12  # seq_len=0 would raise InputError
+    """
 
     objective: Objective = "next_token"  # next_token | prefix_lm | masked_lm | span_corruption: of text; translate
     corpus: Corpus = "tiny_shakespeare"  # used when path is None
@@ -70,7 +71,11 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """An optimiser with clipping, and a learning rate that changes with the step."""
+    """An optimiser with clipping, and a learning rate that changes with the step.
+
+    Example:
+        >>> assert OptimConfig(peak_lr=3e-4).schedule == "cosine"  # peak_lr=0 would raise InputError
+    """
 
     name: OptimizerName = "adamw"  # adamw | lion | adafactor | muon (of matrices, AdamW of the rest) | schedule-free
     schedule: Schedule = "cosine"  # constant | cosine | noam | wsd, each after a linear warm-up
@@ -111,7 +116,11 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How long to train, and what to write down on the way. Every *_every is in optimiser steps; 0 means never."""
+    """How long to train, and what to write down on the way. Every *_every is in optimiser steps; 0 means never.
+
+    Example:
+        >>> assert TrainConfig(n_steps=100).save_every == 500  # n_steps=0 would raise InputError
+    """
 
     n_steps: int = 2000  # optimiser steps
     label_smoothing_rate: float = 0.0  # ε of Szegedy et al. 2016 §7; 0.1 in Vaswani et al. 2017
@@ -158,7 +167,11 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices along each axis. All None: every device for data, by pmap on one host."""
+    """Devices along each axis. All None: every device for data, by pmap on one host.
+
+    Example:
+        >>> assert MeshConfig(fsdp=4, tensor=2).data is None  # fsdp=0 would raise InputError
+    """
 
     data: int | None = None  # copies of the model, each on its part of the batch
     fsdp: int | None = None  # also parts of the batch, with parameters split among them
@@ -175,7 +188,11 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """Adapters of low rank that are trained in place of the parameters. Source: Hu et al. 2021."""
+    """Adapters of low rank that are trained in place of the parameters. Source: Hu et al. 2021.
+
+    Example:
+        >>> assert LoraConfig(rank=8).alpha == 16  # rank=-1 would raise InputError
+    """
 
     rank: int = 0  # of what is added to each matrix (r); 0: no adapters, all parameters are trained
     alpha: float = 16.0  # what is added counts alpha / rank times
@@ -193,7 +210,11 @@ class LoraConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """A whole training run: `train.py` makes one, its run directory keeps it, `sample.py` reads it."""
+    """A whole training run: `train.py` makes one, its run directory keeps it, `sample.py` reads it.
+
+    Example:
+        >>> assert RunConfig(train=TrainConfig(ema_rate=0.99)).keeps_mean  # run_dir="" would raise InputError
+    """
 
     run_dir: str = "runs/run"  # where everything is written
     init: str | None = None  # what to begin with: smollm2, a Hugging Face directory, a GGUF file, a run, hf://ORG/NAME

@@ -36,9 +36,17 @@ def encode_text(
         batch_size: texts at a time.
         normalize: to length 1, so that a product of two vectors is their cosine.
 
+    >>> from tx_jax import ModelConfig, build, init_params
+    >>> from tx_jax.data.subwords import SubwordTokenizer
+    >>> tokenizer = SubwordTokenizer.train("low lower lowest", vocab_size=260)
+    >>> model = build(ModelConfig(stack="encoder", vocab_size=260, d_model=8, n_heads=2, n_layers=1))
+    >>> encode_text(model, init_params(model, jax.random.key(0)), tokenizer, ["low", "slower"]).shape
+    (2, 8)
+
     Raises:
         InputError: there is no text, max_len leaves no room or is longer than the model's, batch_size is below 1, or
             the tokenizer is of another model.
+    Source: Reimers & Gurevych 2019 (Sentence-BERT), §3.
     """
     require(not isinstance(texts, str), f"texts={texts!r:.40} is one text; wrap it as [text]")
     require(len(texts), "texts=[]: give at least one text")

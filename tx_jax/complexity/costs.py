@@ -55,7 +55,11 @@ def total(parts: Parts) -> Work:
 
 @dataclasses.dataclass(frozen=True)
 class Complexity:
-    """What a model costs: by component, and as a whole. Its text is a table."""
+    """What a model costs: FLOPs and bytes by component. `python -m tx_jax.complexity` prints them as a table.
+
+    >>> complexity(ModelConfig(vocab_size=7, d_model=8, n_heads=2, n_layers=1), batch=1, seq_len=10).cache_bytes
+    680
+    """
 
     cfg: ModelConfig
     batch: int
@@ -100,7 +104,7 @@ def complexity(
     (True, 256)
 
     Raises:
-        InputError: a number is below 1, or there is no vocabulary yet.
+        InputError: a number is below 1, there is no vocabulary yet, or source_len is of a model without a source.
     """
     T, both = cfg.max_len if seq_len is None else seq_len, cfg.stack == "encoder_decoder"
     S = 0 if not both else T if source_len is None else source_len

@@ -182,8 +182,15 @@ def save_pretrained(
         architecture: of transformers, where several could hold the model; None: the first that can.
         dtype: of the tensors; None: that of the parameters.
 
+    >>> import tempfile, tx_jax as tx
+    >>> cfg = ModelConfig(vocab_size=7, d_model=8, n_heads=2, n_layers=1, mlp="swiglu", norm="rmsnorm")
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     save_pretrained(directory, cfg, tx.init_params(tx.build(cfg), jax.random.key(0)))
+    'LlamaForCausalLM'
+
     Raises:
-        InputError: no architecture can hold this model, or the directory holds a model already.
+        InputError: no architecture can hold this model, params are not its own, the directory holds a model already, or
+            dtype is unknown or too narrow.
     """
     require(dtype in DTYPES, f"dtype={dtype!r} is not one of float32, bfloat16, float16, or None, as they are")
     root = Path(directory).expanduser()

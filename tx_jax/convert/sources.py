@@ -49,7 +49,12 @@ Name = str | os.PathLike[str]
 
 
 class Pretrained(NamedTuple):
-    """A model with its weights."""
+    """A model with its weights.
+
+    >>> cfg, params, special_ids, architecture = Pretrained(ModelConfig(), {}, {"eos_token_id": 2}, "LlamaForCausalLM")
+    >>> special_ids["eos_token_id"]
+    2
+    """
 
     cfg: ModelConfig
     params: dict
@@ -68,9 +73,16 @@ def load_pretrained(
         mesh: place each parameter by its sharding on this mesh; None: the first device.
         step: of a run directory's checkpoint; None: the newest.
 
+    >>> import tempfile, tx_jax as tx
+    >>> cfg = ModelConfig(vocab_size=7, d_model=8, n_heads=2, n_layers=1, mlp="swiglu", norm="rmsnorm")
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     _ = tx.save_pretrained(directory, cfg, tx.init_params(tx.build(cfg), jax.random.key(0)))
+    ...     load_pretrained(directory).params["embed"]["table"].shape
+    (7, 8)
+
     Raises:
         InputError: there is no such model, or it cannot be read: its architecture or an option of its config is not
-            honoured, or its tensors are not those of its config.
+            honoured, or its tensors are not those of its config. Or dtype is unknown, or step is not of a run.
     """
     require(dtype in DTYPES, f"dtype={dtype!r} is not one of float32, bfloat16, float16, or None, as stored")
     cfg, special_ids, architecture, load = open_source(find_source(name), step)
@@ -79,6 +91,13 @@ def load_pretrained(
 
 def load_tokenizer(name: Name) -> AnyTokenizer:
     """The tokenizer that `name` brings.
+
+    >>> import tempfile
+    >>> from tx_jax.data.tokenizers import CharTokenizer
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     CharTokenizer("ab").save(directory)
+    ...     load_tokenizer(directory).encode("ba").tolist()
+    [1, 0]
 
     Raises:
         InputError: there is no such model, or it has no tokenizer that can be read.

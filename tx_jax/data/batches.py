@@ -20,7 +20,12 @@ Windows = Integer[np.ndarray, "B _"]  # rows of T + 1 consecutive ids
 
 
 class Batch(NamedTuple):
-    """What a training or evaluation step reads."""
+    """What a training or evaluation step reads.
+
+    >>> batch = Batch(tokens=np.array([[5, 6, 7]]), targets=np.array([[6, 7, 2]]), weights=np.ones((1, 3)))
+    >>> batch.n_tokens
+    3
+    """
 
     tokens: Int[Array | np.ndarray, "B T"]
     targets: Int[Array | np.ndarray, "B T"]  # the gold next id of each token
@@ -42,7 +47,12 @@ class Batch(NamedTuple):
 
 
 class PairBatch(NamedTuple):
-    """What a step of an EncoderDecoder reads: a source, and the target that it is to give."""
+    """What a step of an EncoderDecoder reads: a source, and the target that it is to give.
+
+    >>> source, tokens, targets = np.array([[5, 6, 2]]), np.array([[1, 7]]), np.array([[7, 2]])
+    >>> PairBatch(source, tokens, targets, weights=np.ones((1, 2))).n_source_tokens
+    3
+    """
 
     source: Int[Array | np.ndarray, "B S"]
     tokens: Int[Array | np.ndarray, "B T"]  # what the decoder reads: a start, then all targets but the last

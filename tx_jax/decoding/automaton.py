@@ -15,7 +15,12 @@ from tx_jax.errors import require
 
 
 class Automaton(NamedTuple):
-    """States and what leads from one to the next."""
+    """States and what leads from one to the next.
+
+    >>> rules = Automaton(jnp.array([[0, -1]]), classes=jnp.array([0, 1]), final=jnp.array([False]), start=jnp.array(0))
+    >>> rules.keep(jnp.zeros((1, 2)), state=jnp.array([0])).tolist()  # token 1 may not come
+    [[0.0, -inf]]
+    """
 
     table: Int[Array, "states classes"]  # the next state; −1: such a token may not come
     classes: Int[Array, " V"]  # of each token
@@ -49,7 +54,10 @@ def stop_at(stops: Sequence[str], token_bytes: Sequence[bytes]) -> Automaton:
     """Ends a text with the token in which one of `stops` is complete, wherever tokens begin and end.
 
     Args:
-        token_bytes: of each id: what it adds to a text; `data.token_bytes` gives them.
+        token_bytes: of each id, what it adds to a text: `tx.token_bytes(tokenizer)`.
+
+    >>> stop_at(["ab"], [b"a", b"b"]).final.tolist()  # after nothing, after a, after ab
+    [False, False, True]
 
     Raises:
         InputError: there is no stop string, or one is empty.

@@ -22,7 +22,12 @@ from tx_jax.decoding.samplers import Sampler
 
 
 class Beams(NamedTuple):
-    """What `beam_search` gives, the best first. Where fewer texts exist: length 0 and scores of −inf."""
+    """What `beam_search` gives, the best first. Where fewer texts exist: length 0 and scores of −inf.
+
+    >>> found = Beams(jnp.array([[[5, 2, 2]]]), jnp.array([[2]]), jnp.array([[-0.5]]), jnp.array([[-0.6]]))
+    >>> found.tokens[0, 0, : found.lengths[0, 0]].tolist()  # the best text after the first prompt
+    [5, 2]
+    """
 
     tokens: Int[Array, "B n_best new"]  # after the end: the first eos_id
     lengths: Int[Array, "B n_best"]  # tokens, the eos_id that ends them included
@@ -84,6 +89,7 @@ def beam_search(
 
     Raises:
         InputError: what `generate` refuses of a prompt, or a number, an id or a penalty's name out of its bounds.
+    Source: length penalty: Wu et al. 2016, eq. 14.
     """
     prompt, n_slots = prepare(model, tokens, positions, max_new_tokens, Sampler(), None, memory)
     ends = tuple(eos_id) if isinstance(eos_id, Sequence) else (eos_id,)

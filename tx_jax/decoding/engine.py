@@ -25,7 +25,12 @@ from tx_jax.modules.embed import check_tokens
 
 
 class Written(NamedTuple):
-    """One text."""
+    """One text.
+
+    >>> text = Written(number=0, tokens=np.array([5, 2]), log_probs=np.array([-0.25, -0.5]))
+    >>> float(text.log_probs.sum())  # of the whole text
+    -0.75
+    """
 
     number: int  # of its prompt
     tokens: Int[np.ndarray, " n"]  # the id that ends it included
@@ -53,9 +58,17 @@ def write_all(
         sampler: with numbers for all rows. The draws of prompt i are those of the key `fold_in(key, i)`.
         first: of the prompts' numbers, so that the rest of a list is written as it would have been with all.
 
+    >>> from tx_jax import ModelConfig, build, init_params
+    >>> model = build(ModelConfig(vocab_size=7, d_model=8, n_heads=2, n_layers=1))
+    >>> params = init_params(model, jax.random.key(0))
+    >>> texts = write_all(model, params, [[5, 6], [4]], max_new_tokens=[3, 2], n_rows=1)
+    >>> [(text.number, len(text.tokens)) for text in texts]
+    [(0, 3), (1, 2)]
+
     Raises:
         InputError: a prompt has no token, an id outside of the vocabulary, or is too long with what is to follow it; or
-            what `generate` refuses of the others.
+            what `generate` refuses of the others, but for an eos_id outside of the vocabulary.
+    Source: Yu et al. 2022 (Orca), §3.2.
     """
     cfg, V = model.cfg, cast(int, model.cfg.vocab_size)
     require(n_rows >= 1, f"n_rows={n_rows} must be at least 1")

@@ -21,7 +21,14 @@ from tx_jax.errors import require
 
 
 class Generation(NamedTuple):
-    """What `generate` gives: R = B · n_samples rows, those of one prompt in turn."""
+    """What `generate` gives: R = B · n_samples rows, those of one prompt in turn.
+
+    >>> from tx_jax import ModelConfig, build, init_params
+    >>> model = build(ModelConfig(vocab_size=7, d_model=8, n_heads=2, n_layers=1))
+    >>> found = generate(model, init_params(model, jax.random.key(0)), jnp.ones((1, 3), int), max_new_tokens=4)
+    >>> found.lengths.tolist(), found.cache.next_positions().tolist()
+    ([4], [6])
+    """
 
     tokens: Int[Array, "R new"]  # after a row's end: the first eos_id
     lengths: Int[Array, " R"]  # tokens of each row, the eos_id that ends it included
@@ -56,6 +63,16 @@ def prefill(
     """The logits after each row's last real token, and the cache filled with the prompt. One pass, in chunks.
 
     With prefix_lm the prompt's tokens all see each other, as a model learns it by the objective of that name.
+
+    >>> from tx_jax import ModelConfig, build, init_params, pad_prompts
+    >>> model = build(ModelConfig(vocab_size=7, d_model=8, n_heads=2, n_layers=1))
+    >>> params, prompt = init_params(model, jax.random.key(0)), pad_prompts([[5, 6], [4]])
+    >>> logits, cache = jax.jit(prefill, static_argnums=0)(model, params, prompt, init_cache(model.cfg, 2, n_slots=16))
+    >>> logits.shape, cache.next_positions().tolist()
+    ((2, 7), [2, 1])
+
+    Raises:
+        InputError: the cache has fewer slots than the prompt has tokens, or memory has not a row for each.
     """
     last, (B, T) = prompt.positions.argmax(axis=1), prompt.tokens.shape
     more = {"prefix": last + 1} if prefix_lm else {}
@@ -98,6 +115,14 @@ def decode(
 
     Args:
         prompt: what rules of the sampler are to see of the text before; None: nothing.
+
+    >>> from tx_jax import ModelConfig, build, init_params, pad_prompts
+    >>> model = build(ModelConfig(vocab_size=7, d_model=8, n_heads=2, n_layers=1))
+    >>> params, prompt = init_params(model, jax.random.key(0)), pad_prompts([[5, 6], [4]])
+    >>> def written(params):
+    ...     return decode(model, params, *prefill(model, params, prompt, init_cache(model.cfg, 2, 16)), 4).tokens
+    >>> jax.jit(written)(params).shape
+    (2, 4)
     """
     ends = None if eos_id is None else jnp.atleast_1d(jnp.asarray(eos_id, jnp.int32))
     how = {"sampler": as_arrays(sampler, logits.shape[1]), "key": key, "automaton": automaton}

@@ -31,8 +31,13 @@ def match_regex(pattern: str, token_bytes: Sequence[bytes], eos_ids: Sequence[in
         token_bytes: of each id, what it adds to a text: `tx.token_bytes(tokenizer)`.
         eos_ids: may come where a text matches. Without any, a text ends where nothing more can match.
 
+    >>> rules = match_regex("yes|no", [b"yes", b"no", b"?"])
+    >>> (rules.table[rules.start][rules.classes] >= 0).tolist()  # which tokens may come first
+    [True, True, False]
+
     Raises:
         InputError: the pattern is none, or matches no text of these tokens, or needs too large a table.
+    Source: Willard & Louf 2023, §3, by outlines-core.
     """
     library, V = package("outlines_core", "constrain"), len(token_bytes)
     ids: dict[bytes, list[int]] = {}
@@ -74,6 +79,10 @@ def match_json(schema: Mapping[str, Any] | str, token_bytes: Sequence[bytes], eo
 
     Args:
         schema: as a mapping or in JSON. The others are those of `match_regex`.
+
+    >>> rules = match_json({"type": "boolean"}, [b"true", b"false", b"?"])
+    >>> (rules.table[rules.start][rules.classes] >= 0).tolist()  # which tokens may come first
+    [True, True, False]
 
     Raises:
         InputError: the schema is none, or has a part that no regular expression can say, such as recursion, or that

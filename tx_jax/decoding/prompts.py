@@ -21,7 +21,11 @@ CHUNK = 512  # tokens of a prompt that are read at a time: the memory of a longe
 
 
 class Prompt(NamedTuple):
-    """Ragged prompts as one batch, padded on the right."""
+    """Ragged prompts as one batch, padded on the right.
+
+    >>> pad_prompts([[5, 6], [7]]).tokens.tolist()
+    [[5, 6], [7, 0]]
+    """
 
     tokens: Int[Array, "B T"]
     positions: Int[Array, "B T"]  # 0, 1, 2, …; −1 on padding
@@ -51,7 +55,22 @@ def pad_prompts(prompts: Sequence[Sequence[int]], width: int | None = None) -> P
 def prepare(
     model, tokens, positions, max_new_tokens, sampler, key, memory, prefix_lm=False, n_samples=1, prefix=None, ends=True
 ) -> tuple[Prompt, int]:
-    """The checked prompt, padded to its bucket, and how many cache slots it needs with what follows."""
+    """The checked prompt, padded to its bucket, and how many cache slots it needs with what follows.
+
+    Args:
+        tokens, positions: (B, T), padded on the right; positions None: no padding.
+        ends: whether an id ends a text.
+        The others are those of `generate`.
+
+    >>> from tx_jax import ModelConfig, Sampler, build
+    >>> model = build(ModelConfig(vocab_size=7, d_model=8, n_heads=2, n_layers=1))
+    >>> prompt, n_slots = prepare(model, [[5, 6, 4]], None, 10, Sampler(), key=None, memory=None)
+    >>> prompt.tokens.shape, n_slots
+    ((1, 64), 74)
+
+    Raises:
+        InputError: what `generate` refuses, eos_id and n_top apart.
+    """
     cfg = model.cfg
     tokens = check_tokens(tokens, cfg.vocab_size)
     B, T = tokens.shape

@@ -20,7 +20,12 @@ PART = 128  # positions whose logits are there at a time
 
 
 class Perplexity(NamedTuple):
-    """Of a text, as a model finds it."""
+    """Of a text, as a model finds it.
+
+    >>> found = Perplexity(perplexity=2.0, nats_per_token=float(np.log(2)), n_tokens=8)
+    >>> round(found.nats_per_token * found.n_tokens / np.log(2))  # bits of the whole text
+    8
+    """
 
     perplexity: float  # exp(nats_per_token)
     nats_per_token: float
@@ -92,8 +97,14 @@ def perplexity(
     Args:
         window: tokens that are read at a time; None: model.cfg.max_len, but at most 1,024.
         stride: tokens from a window's beginning to the next one's; None: half a window, so that a token has at least as
-            many before it. The whole window is the fastest.
+            many before it. window − 1, the most, is the fastest.
         batch_size: windows at a time.
+
+    >>> from tx_jax import ModelConfig, build, init_params
+    >>> model = build(ModelConfig(vocab_size=7, d_model=8, n_heads=2, n_layers=1))
+    >>> params = jax.tree.map(jnp.zeros_like, init_params(model, jax.random.key(0)))  # which finds all tokens alike
+    >>> f"{perplexity(model, params, [5, 6, 4]).perplexity:.2f}"
+    '7.00'
 
     Raises:
         InputError: fewer than two tokens, ids outside of the vocabulary, or a number out of its bounds.

@@ -25,7 +25,12 @@ from tx_jax.models import DecoderLM
 
 
 class Speculation(NamedTuple):
-    """What `speculate` gives."""
+    """What `speculate` gives.
+
+    >>> found = Speculation(jnp.array([[5, 2, 2]]), jnp.array([2]), log_probs=jnp.zeros((1, 3)), n_passes=jnp.array(1))
+    >>> found.tokens[0, : found.lengths[0]].tolist()
+    [5, 2]
+    """
 
     tokens: Int[Array, "B new"]  # after a row's end: the first eos_id
     lengths: Int[Array, " B"]  # tokens of each row, the eos_id that ends it included
@@ -70,6 +75,7 @@ def speculate(
 
     Raises:
         InputError: what `generate` refuses, a draft of another vocabulary or of fewer positions, or n_draft below 1.
+    Source: Leviathan et al. 2023, algorithm 1; Chen et al. 2023, algorithm 2; prompt look-up: Saxena 2023.
     """
     cfg, V = model.cfg, cast(int, model.cfg.vocab_size)
     ends = () if eos_id is None else eos_id if isinstance(eos_id, tuple) else (eos_id,)

@@ -30,7 +30,17 @@ def stream(
     prefix_lm: bool = False,
     automaton: Automaton | None = None,
 ) -> Iterator[np.ndarray]:
-    """The tokens of `generate`, (B,) at a time, each as soon as it is there. Arguments and errors are its own."""
+    """The tokens of `generate`, (B,) at a time, each as soon as it is there. Arguments are its own.
+
+    >>> from tx_jax import ModelConfig, build, init_params
+    >>> model = build(ModelConfig(vocab_size=7, d_model=8, n_heads=2, n_layers=1))
+    >>> tokens = stream(model, init_params(model, jax.random.key(0)), jnp.ones((1, 3), int), max_new_tokens=2)
+    >>> [token.shape for token in tokens]
+    [(1,), (1,)]
+
+    Raises:
+        InputError: what `generate` refuses, but for an eos_id outside of the vocabulary.
+    """
     ends = eos_id not in (None, ())
     more = {"sampler": sampler, "key": key, "memory": memory}
     prompt, n_slots = prepare(model, tokens, positions, max_new_tokens, prefix_lm=prefix_lm, ends=ends, **more)

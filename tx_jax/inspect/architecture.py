@@ -158,7 +158,11 @@ def text(lines: Iterable[str], x: Number, y: Number, kind: str = "") -> list[str
 
 
 def gallery(*names: str) -> str:
-    """Presets side by side, as one SVG."""
+    """Presets side by side, as one SVG.
+
+    >>> gallery("gpt2-small")[:4]
+    '<svg'
+    """
     uncounted = [draw(dataclasses.replace(MODELS[name](), vocab_size=None)) for name in names]  # quick, and as tall
     tall = max(float(picture.split('height="')[1].split('"')[0]) for picture in uncounted)
     pictures = [draw(MODELS[name](), name, tall) for name in names]

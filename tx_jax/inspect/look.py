@@ -23,7 +23,12 @@ SEEN = "seen"  # the collection in which what is found leaves the model
 
 
 class Seen(NamedTuple):
-    """What was found, layer by layer; of rows that are padding, anything."""
+    """What was found, layer by layer; of rows that are padding, anything.
+
+    >>> seen = Seen(jnp.zeros((1, 3, 7)), jnp.zeros((1, 1, 3, 8)), attention=jnp.full((1, 1, 2, 3, 3), 1 / 3))
+    >>> entropy(seen.attention).shape  # of each layer, row, head and query
+    (1, 1, 2, 3)
+    """
 
     logits: Float[Array, "B T V"]
     hidden: Float[Array, "L B T D"]  # after each block, before the last norm
@@ -117,6 +122,13 @@ def _layers(stack: dict, *path: str) -> Array:
 
 def logit_lens(model: Model, params: dict, hidden: Float[Array, "L B T D"]) -> Float[Array, "L B T V"]:
     """The logits that each layer's hidden vectors would give, were it the last; of the last they are the model's own.
+
+    >>> import tx_jax as tx
+    >>> model = tx.build(tx.ModelConfig(vocab_size=7, d_model=8, n_heads=2, n_layers=1))
+    >>> params = tx.init_params(model, jax.random.key(0))
+    >>> seen = look(model, params, jnp.array([[1, 2, 3]]))
+    >>> bool(jnp.allclose(logit_lens(model, params, seen.hidden)[-1], seen.logits, atol=1e-5))
+    True
 
     Source: nostalgebraist 2020, "interpreting GPT: the logit lens".
     """

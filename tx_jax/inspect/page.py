@@ -48,7 +48,11 @@ layer <select></select> head <select></select> <span style="color:#888">point at
 
 
 class Page(NamedTuple):
-    """HTML that needs nothing from elsewhere; the last value of a notebook's cell is shown as what it says."""
+    """HTML that needs nothing from elsewhere; the last value of a notebook's cell is shown as what it says.
+
+    >>> Page("<b>seen</b>")._repr_html_()
+    '<b>seen</b>'
+    """
 
     html: str
 

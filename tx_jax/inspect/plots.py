@@ -59,7 +59,17 @@ def check_picture(path: str | Path) -> None:
 
 
 def plot_metrics(run_dir: str | Path) -> "Figure":
-    """The losses of run_dir/metrics.jsonl."""
+    """The losses of run_dir/metrics.jsonl.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as run_dir:
+    ...     _ = Path(run_dir, "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}')
+    ...     plot_metrics(run_dir).axes[0].get_ylabel()
+    'loss, nats per token'
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
     records = read_metrics(Path(run_dir))
     figure, ((axes,),) = figure_of(7, 4)
     for name, label, marker in (("loss", "training", ""), ("valid_loss", "validation", "o")):
@@ -84,14 +94,28 @@ def save_metrics(run_dir: Path) -> None:
 def plot_attention(
     weights: Float[Array | np.ndarray, "L T S"], queries: Sequence[str], keys: Sequence[str] | None = None
 ) -> "Figure":
-    """Who attends to whom, a picture a layer, with the words of both on the axes (keys of None: the queries')."""
+    """Who attends to whom, a picture a layer, with the words of both on the axes (keys of None: the queries').
+
+    >>> plot_attention(np.full((2, 1, 1), 1.0), ["a"]).axes[1].get_title()
+    'layer 2'
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
     return plot_heads(np.asarray(weights)[:, None], queries, keys)
 
 
 def plot_heads(
     weights: Float[Array | np.ndarray, "L N T S"], queries: Sequence[str], keys: Sequence[str] | None = None
 ) -> "Figure":
-    """Who attends to whom, a row a layer and a column a head: `look(…).attention[:, b]`."""
+    """Who attends to whom, a row a layer and a column a head: `look(…).attention[:, b]`.
+
+    >>> len(plot_heads(np.ones((1, 2, 1, 1)), ["a"]).axes)
+    2
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
     L, N, T, S = weights.shape
     figure, panels = figure_of(N * (0.25 * S + 0.5) + 0.8, L * (0.25 * T + 0.5) + 0.8, L, N, sharex=True, sharey=True)
     for (layer, head), axes in np.ndenumerate(panels):
@@ -105,7 +129,19 @@ def plot_heads(
 def plot_translation(
     model: EncoderDecoder, params: dict, tokenizer: Subwords, best: Translation, start_id: int | tuple[int, ...]
 ) -> "Figure":
-    """What a translation attends to in its source, as the mean over heads."""
+    """What a translation attends to in its source, as the mean over heads.
+
+    >>> import tx_jax as tx
+    >>> from tx_jax.data.subwords import SubwordTokenizer
+    >>> tokenizer = SubwordTokenizer.train("low lower", 260, ("<s>", "</s>"))
+    >>> model = tx.build(tx.ModelConfig(stack="encoder_decoder", vocab_size=260, d_model=8, n_heads=2, n_layers=1))
+    >>> params, ids = tx.init_params(model, jax.random.key(0)), np.array([9, 1])
+    >>> plot_translation(model, params, tokenizer, Translation("", 0.0, ids, ids), start_id=0).axes[0].get_title()
+    'layer 1'
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
     ids = best.ids
     start = start_id if isinstance(start_id, tuple) else (start_id,)
     tokens = jnp.asarray([[*start, *ids[:-1]]], jnp.int32)
@@ -116,7 +152,14 @@ def plot_translation(
 
 
 def plot_positions(cfg: ModelConfig, n: int = 64) -> "Figure":
-    """How the model's scheme tells n positions apart: what it adds, how far it turns, what it adds to scores."""
+    """How the model's scheme tells n positions apart: what it adds, how far it turns, what it adds to scores.
+
+    >>> plot_positions(ModelConfig(d_model=8, n_heads=2), n=4).axes[1].get_xlabel()
+    'distance, tokens'
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
     index, causal = jnp.arange(n)[None], cfg.stack != "encoder"
     scheme = SCHEMES[cfg.positions](cfg, causal)
 
@@ -157,7 +200,14 @@ def _halves(n: int) -> Array:
 
 
 def plot_masks(n: int = 12) -> "Figure":
-    """The shapes of attention: who may see whom, of n tokens."""
+    """The shapes of attention: who may see whom, of n tokens.
+
+    >>> plot_masks(4).axes[0].get_title()
+    'causal'
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
     figure, panels = figure_of(2 * len(MASKS), 2.4, 1, len(MASKS))
     for axes, (name, make) in zip(panels[0], MASKS.items(), strict=True):
         axes.imshow(np.asarray(make(n).materialize(n, n)[0]), cmap="Greens", vmin=0, vmax=1.4)
@@ -167,7 +217,14 @@ def plot_masks(n: int = 12) -> "Figure":
 
 
 def plot_cache(n_tokens: int, n_slots: int, n_sinks: int = 0) -> "Figure":
-    """Which position each slot of a cache holds, after each token: a ring where there are fewer slots than tokens."""
+    """Which position each slot of a cache holds, after each token: a ring where there are fewer slots than tokens.
+
+    >>> plot_cache(n_tokens=5, n_slots=4).axes[0].get_xlabel()
+    'slot'
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
     held = np.full((n_tokens + 1, n_slots), -1)
     slots = np.asarray(slots_of(jnp.arange(n_tokens)[None], n_slots, n_sinks))[0]
     for t, slot in enumerate(slots):

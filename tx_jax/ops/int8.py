@@ -19,7 +19,11 @@ FLOATS = "router/kernel"  # of few numbers, which decide rather than add up
 
 
 class Int8(NamedTuple):
-    """Whole numbers and their scale, which has the same axes and length 1 along that of a row."""
+    """Whole numbers and their scale, which has the same axes and length 1 along that of a row.
+
+    >>> Int8(jnp.array([[127, -3]], jnp.int8), scale=jnp.array([[0.5]])).astype("float32").tolist()
+    [[63.5, -1.5]]
+    """
 
     values: Int[Array, "..."]
     scale: Float[Array, "..."]

@@ -39,7 +39,14 @@ SCHEDULES = {  # of the steps after the warm-up
 
 
 def make_schedule(cfg: OptimConfig, n_steps: int) -> Callable[[Any], Any]:
-    """Learning rate by optimiser step, of a run of n_steps: linear from 0 to peak_lr, then cfg.schedule."""
+    """Learning rate by optimiser step, of a run of n_steps: linear from 0 to peak_lr, then cfg.schedule.
+
+    >>> rate = make_schedule(OptimConfig(peak_lr=1.0, end_lr=0.0, warmup_steps=10), n_steps=110)
+    >>> [round(float(rate(step)), 3) for step in (0, 5, 10, 60, 110)]
+    [0.0, 0.5, 1.0, 0.5, 0.0]
+
+    Source: cosine: Loshchilov & Hutter 2017, eq. 5; noam: Vaswani et al. 2017, eq. 3; wsd: Hu et al. 2024, §4.
+    """
     warmup = optax.linear_schedule(0.0, cfg.peak_lr, cfg.warmup_steps)
     after = SCHEDULES[cfg.schedule](cfg, n_steps)
     return optax.join_schedules([warmup, after], [cfg.warmup_steps]) if cfg.warmup_steps else after
@@ -165,6 +172,14 @@ def make_optimizer(cfg: OptimConfig, n_steps: int, width_ratio: float = 1.0) -> 
 
     Args:
         width_ratio: that of a ModelConfig with muP.
+
+    >>> optimizer, params = make_optimizer(OptimConfig(warmup_steps=0), n_steps=10), {"scale": jnp.ones(3)}
+    >>> updates, _ = optimizer.update(params, optimizer.init(params), params)
+    >>> [f"{number:.4f}" for number in updates["scale"]]  # −peak_lr in the first step of AdamW
+    ['-0.0010', '-0.0010', '-0.0010']
+
+    Source: adamw: Loshchilov & Hutter 2019; lion: Chen et al. 2023; adafactor: Shazeer & Stern 2018; muon: Jordan et
+        al. 2024; schedule-free: Defazio et al. 2024.
     """
     rate = make_schedule(cfg, n_steps)
     parts = [OPTIMIZERS[cfg.name](cfg, rate)]

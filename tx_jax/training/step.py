@@ -42,7 +42,12 @@ class Moving(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """Everything that a run is made of, but for its place in the data."""
+    """Everything that a run is made of, but for its place in the data.
+
+    >>> state = TrainState(jnp.int32(0), {"scale": jnp.ones(3)}, opt_state=(), key=jax.random.key(0))
+    >>> state.moving._fields  # what a checkpoint holds
+    ('step', 'params', 'opt_state', 'key', 'ema')
+    """
 
     step: Int[Array, ""]  # optimiser steps done
     params: dict  # what is trained
@@ -57,7 +62,12 @@ class TrainState(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """Of one step, over all devices."""
+    """Of one step, over all devices.
+
+    >>> metrics = Metrics(*map(jnp.asarray, (0.0, 1.0, 32.0, False)))
+    >>> float(jnp.exp(metrics.loss))  # the perplexity, where nothing is added to the loss
+    1.0
+    """
 
     loss: Float[Array, ""]  # nats per token, smoothing included
     grad_norm: Float[Array, ""]  # global, before clipping
@@ -73,7 +83,13 @@ def init_state(
     *,
     ema: bool = False,
 ) -> TrainState:
-    """The state before the first step, with these parameters or fresh ones; `ema`: of a run that keeps a mean."""
+    """The state before the first step, with these parameters or fresh ones; `ema`: of a run that keeps a mean.
+
+    >>> from tx_jax import ModelConfig, build
+    >>> model = build(ModelConfig(vocab_size=7, d_model=8, n_heads=2, n_layers=1))
+    >>> int(init_state(model, optax.sgd(0.1), jax.random.key(0)).step)
+    0
+    """
     init_key, key = jax.random.split(key)
     params = init_params(model, init_key) if params is None else params
     mean = jax.tree.map(jnp.copy, params) if ema else ()  # buffers of its own: a launcher gives both up
@@ -105,6 +121,17 @@ def make_train_step(
             divided once, so that the update is that of the whole batch, in less memory.
         axis_name: that of a `pmap`, if it runs inside one.
         assemble: (state.params, state.frozen) → the model's parameters, such as adapters with what they adapt.
+
+    >>> from tx_jax import Batch, ModelConfig, build
+    >>> model = build(ModelConfig(vocab_size=7, d_model=8, n_heads=2, n_layers=1))
+    >>> ids, state = jnp.ones((2, 4), int), init_state(model, optax.sgd(0.1), jax.random.key(0))
+    >>> step = jax.jit(make_train_step(model, optax.sgd(0.1)))
+    >>> state, metrics = step(state, Batch(tokens=ids, targets=ids, weights=jnp.ones((2, 4))))
+    >>> int(state.step), float(metrics.n_tokens)
+    (1, 8.0)
+
+    Raises:
+        InputError: in a step, rows of a batch that are no multiple of accumulate_steps.
     """
 
     how = {"label_smoothing": label_smoothing, "z_loss_rate": z_loss_rate, "routing": (balance_rate, router_z_rate)}
@@ -167,7 +194,15 @@ def _parts(batch: Any, n: int) -> Any:
 
 
 def make_eval_step(model: Model) -> Callable[[dict, Examples], tuple[Array, Array]]:
-    """A pure (params, batch) → (sum of nats, count of tokens), without dropout or smoothing."""
+    """A pure (params, batch) → (sum of nats, count of tokens), without dropout or smoothing.
+
+    >>> from tx_jax import Batch, ModelConfig, build
+    >>> model = build(ModelConfig(vocab_size=7, d_model=8, n_heads=2, n_layers=1))
+    >>> params, ids = jax.tree.map(jnp.zeros_like, init_params(model, jax.random.key(0))), jnp.ones((2, 4), int)
+    >>> nats, n_tokens = jax.jit(make_eval_step(model))(params, Batch(ids, ids, weights=jnp.ones((2, 4))))
+    >>> f"{nats / n_tokens:.4f}"  # ln 7
+    '1.9459'
+    """
 
     def step(params: dict, batch: Examples) -> tuple[Array, Array]:
         return _loss(model, params, batch)
