@@ -23,9 +23,10 @@ from tx_jax.training.peaks import Device
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-LENGTHS = (512, 1024, 2048, 4096, 8192)  # tokens, at WIDTH: enough for scores to outweigh kernels, in a minute on a CPU
+LENGTHS = (1024, 2048, 4096, 8192, 16384)  # tokens: enough for scores to outweigh kernels, in a minute on a CPU
 WIDTH, D_HEAD = 64, 32
-WIDTHS, ROWS = (128, 256, 512, 1024), 512  # of the feed-forward, for so many tokens
+MLP_WIDTH = 256  # of the feed-forward at these lengths: enough for products to outweigh what they read
+WIDTHS, ROWS = (128, 256, 512, 1024), 512  # of the feed-forward for so many tokens
 
 
 class Curve(NamedTuple):
@@ -68,11 +69,12 @@ class Case(NamedTuple):
 def measure(
     cfg: ModelConfig, lengths: tuple[int, ...] = LENGTHS, widths: tuple[int, ...] = WIDTHS, rounds: int = 5
 ) -> list[Curve]:
-    """Curves of one block of cfg's kind, at a width of 64: attention, feed-forward, and the next token's time.
+    """Curves of one block of cfg's kind, of small width: attention, feed-forward, and the next token's time.
 
     All points are timed in turn, `rounds` times after one that warms up; a point is the median.
     """
-    cases = [case for n in lengths for case in _at_length(cfg, n)] + [_at_width(cfg, d) for d in widths]
+    cases = [case for n in lengths for case in (*_at_length(cfg, n), _feed_forward(cfg, "tokens", n, n, MLP_WIDTH))]
+    cases += [_feed_forward(cfg, "width", d, ROWS, d) for d in widths]
     programs = [jax.jit(case.function).lower(*case.args).compile() for case in cases]
     seconds = medians([clocked(program, *case.args) for program, case in zip(programs, cases, strict=True)], rounds)
     points: dict[tuple[str, str], list[tuple]] = {}
@@ -122,7 +124,7 @@ def _at_length(cfg: ModelConfig, n: int) -> list[Case]:
     cfg = _small(cfg, n)
     model, found, key = build(cfg), complexity(cfg, 1, n), jax.random.key(0)
     params = init_params(model, key)
-    tokens, x = jnp.zeros((1, n), jnp.int32), jnp.ones((1, n, cfg.d_model))
+    tokens = jnp.zeros((1, n), jnp.int32)
     cache = init_cache(cfg, 1, n)._replace(positions=jnp.arange(-1, n - 1).at[0].set(n - 2)[None])
     q = jnp.ones((1, n, cfg.n_heads, cfg.H))
 
@@ -136,23 +138,21 @@ def _at_length(cfg: ModelConfig, n: int) -> list[Case]:
 
     return [
         Case("attention", "tokens", n, attend, (q, q[:, :, : cfg.K]), found.forward["attention scores"].flops),
-        _feed_forward(cfg, params, x, "tokens", n, found.forward),
         Case("next token, cached", "tokens", n, next_token, (params, tokens[:, :1], cache), _flops(found.decode)),
         Case("next token, without cache", "tokens", n, read_again, (params, tokens), _flops(found.decode_again)),
     ]
 
 
-def _at_width(cfg: ModelConfig, d_model: int) -> Case:
-    cfg = _small(cfg, ROWS, d_model)
-    params = init_params(build(cfg), jax.random.key(0))
-    return _feed_forward(cfg, params, jnp.ones((1, ROWS, d_model)), "width", d_model, complexity(cfg, 1, ROWS).forward)
+def _feed_forward(cfg: ModelConfig, size: str, n: int, T: int, d_model: int) -> Case:
+    """Of T tokens."""
+    cfg = _small(cfg, T, d_model)
+    params = init_params(build(cfg), jax.random.key(0))["stack"]["blocks_0"]["mlp"]
+    work = complexity(cfg, 1, T).forward["feed-forward"]
 
-
-def _feed_forward(cfg: ModelConfig, params: dict, x: Any, size: str, n: int, forward: Parts) -> Case:
     def feed(params: Any, x: Any) -> Any:
         return MLP(cfg).apply({"params": params}, x)
 
-    return Case("feed-forward", size, n, feed, (params["stack"]["blocks_0"]["mlp"], x), forward["feed-forward"].flops)
+    return Case("feed-forward", size, n, feed, (params, jnp.ones((1, T, d_model))), work.flops)
 
 
 def _flops(parts: Parts | None) -> int:

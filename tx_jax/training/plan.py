@@ -31,7 +31,8 @@ from tx_jax.training.resume import find_step
 
 STEPS = 5  # that are timed, after one that is not
 LOOKED_AT = 20  # batches, whose FLOPs are the usual ones
-USUAL_MFU = 0.25  # of the presets' small models: 0.2 to 0.4 on two cores
+USUAL_MFU = 0.5  # of the presets' small models on two cores: 0.42 to 0.58
+USUAL_LENGTH = 0.6  # of the pairs of an encoder-decoder, of the longest: 0.5 to 0.7
 INIT = "smollm2-135m"  # what the preset that begins with another model begins with
 
 
@@ -44,9 +45,9 @@ def list_presets() -> Iterator[str]:
         model = _known(cfg)
         B, T = cfg.data.batch_size, cfg.data.seq_len
         ids = jnp.zeros((B, T), jnp.int32)
-        rows = ids, ids, ids
-        batch = PairBatch(ids, *rows) if model.stack == "encoder_decoder" else Batch(*rows)
-        seconds = make_train_flops(model)(batch) * cfg.train.n_steps / speed
+        rows, pairs = (ids, ids, ids), model.stack == "encoder_decoder"
+        flops = make_train_flops(model)(PairBatch(ids, *rows) if pairs else Batch(*rows))
+        seconds = flops * (USUAL_LENGTH if pairs else 1) * cfg.train.n_steps / speed
         about = (make.__doc__ or "").splitlines()[0]
         needs = ".[hf,gguf]" if cfg.init else ".[translate]" if cfg.data.objective == "translate" else ""
         yield f"{name:<24}{count_params(model):>12,}  {'~' + clock(seconds):>9}  {needs:<14}{about}"
