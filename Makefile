@@ -42,8 +42,12 @@ docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	$(BIN)/python docs/tools/links.py site
 
-figures: $(VENV)/.demo
+figures: $(VENV)/.demo # of the README; for the last one a translator is trained, unless runs/es is there
 	$(BIN)/python -m tx_jax.inspect figures
+	$(BIN)/python benchmarks/growth.py --rounds 2
+	$(BIN)/python -m pip install --quiet -e '.[translate]'
+	$(BIN)/python train.py translate-en-es --run-dir runs/es
+	$(BIN)/python sample.py runs/es --source 'Where did you buy that red car?' --show-attention figures/attention.svg
 
 $(VENV)/.demo $(VENV)/.test $(VENV)/.check $(VENV)/.docs $(VENV)/.reference: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -182,6 +182,9 @@ def plot(curves: list[Curve], device: Device) -> "Figure":
     labels = ("tokens", "seconds"), ("width d", "seconds"), ("tokens", "bytes in between")
     for axes, (x, y) in zip(panels, labels, strict=True):
         axes.set(xscale="log", yscale="log", xlabel=x, ylabel=y)
+        sizes = next(curve.sizes for curve in curves if x.startswith(curve.size))
+        axes.set_xticks(sizes, [f"{n:,}" for n in sizes])
+        axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     return figure
