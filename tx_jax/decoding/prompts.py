@@ -53,14 +53,25 @@ def pad_prompts(prompts: Sequence[Sequence[int]], width: int | None = None) -> P
 
 
 def prepare(
-    model, tokens, positions, max_new_tokens, sampler, key, memory, prefix_lm=False, n_samples=1, prefix=None, ends=True
+    model,
+    tokens: Any,
+    positions: Any,
+    max_new_tokens,
+    sampler,
+    key,
+    memory,
+    prefix_lm=False,
+    n_samples=1,
+    prefix=None,
+    ends: bool = True,
 ) -> tuple[Prompt, int]:
     """The checked prompt, padded to its bucket, and how many cache slots it needs with what follows.
+
+    What is not named here is as of `generate`.
 
     Args:
         tokens, positions: (B, T), padded on the right; positions None: no padding.
         ends: whether an id ends a text.
-        The others are those of `generate`.
 
     >>> from tx_jax import ModelConfig, Sampler, build
     >>> model = build(ModelConfig(vocab_size=7, d_model=8, n_heads=2, n_layers=1))
