@@ -156,13 +156,10 @@ class TrainConfig:
         require(self.eval_every or not self.keep_best, f"{rule}; give --train.eval-every 500, or leave it out")
         mean, keep = self.n_averaged, self.keep
         require(mean <= keep, f"n_averaged={mean} exceeds keep={keep}, the checkpoints there are; raise --train.keep")
-        require(
-            mean == 1 or not self.ema_rate, f"n_averaged={mean} and ema_rate={self.ema_rate} are two means; use one"
-        )
-        require(
-            self.sample_tokens >= 1,
-            f"sample_tokens={self.sample_tokens} must be at least 1; sample_every=0 stops samples",
-        )
+        rule = f"n_averaged={mean} and ema_rate={self.ema_rate} are two means"
+        require(mean == 1 or not self.ema_rate, f"{rule}; use one")
+        rule = f"sample_tokens={self.sample_tokens} must be at least 1"
+        require(self.sample_tokens >= 1, f"{rule}; sample_every=0 stops samples")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

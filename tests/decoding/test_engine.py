@@ -95,6 +95,7 @@ def test_stops_and_no_prompts():
         ({"prompts": [[1], []]}, "prompt 1 has no token; a model goes on from at least one"),
         ({"prompts": [[1], [V]]}, f"prompt 1 holds id {V}; the vocabulary is 0 … {V - 1}"),
         ({"sampler": Sampler(temperature=1.0)}, "sampling needs key=jax.random.key(seed)"),
+        ({"eos_id": 99}, "eos_id=99 must be from 0 to "),
         ({"sampler": Sampler(min_new_tokens=2)}, "min_new_tokens=2 needs an eos_id; give one"),
     ],
 )

@@ -113,6 +113,9 @@ def test_a_row_ends_with_its_eos_and_the_loop_with_the_last_row(eos_id):
 def test_eos_outside_of_the_vocabulary():
     with pytest.raises(InputError, match=rf"^eos_id={V} must be from 0 to {V - 1}$"):
         generate("llama", eos_id=V)
+    model, params, _ = make("llama")
+    with pytest.raises(InputError, match=rf"^eos_id={V} must be from 0 to {V - 1}$"):
+        tx.stream(model, params, np.ones((1, 2), int), max_new_tokens=2, eos_id=(1, V))
 
 
 @pytest.mark.parametrize(("name", "sampler"), [("mistral", SAMPLED), ("vaswani", Sampler())])

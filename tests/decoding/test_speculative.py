@@ -161,7 +161,7 @@ def test_a_second_prompt_of_the_bucket_compiles_nothing():
             "the draft has max_len=9, the model 64; it must reach as far",
         ),
         ({"draft": tx.build(CFG)}, "draft=DecoderLM must be two: a model and its parameters"),
-        ({"eos_id": V}, f"eos_id holds id [{V}]; the vocabulary is 0 … {V - 1}"),
+        ({"eos_id": V}, f"eos_id={V} must be from 0 to {V - 1}"),
         ({"sampler": Sampler(temperature=1.0)}, "sampling needs key=jax.random.key(seed)"),
         ({"max_new_tokens": 64}, "a prompt of 3 tokens and max_new_tokens=64 exceed max_len=64"),
     ],

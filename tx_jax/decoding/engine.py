@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from tx_jax.cache import init_cache
 from tx_jax.decoding.automaton import Automaton
 from tx_jax.decoding.generate import Writing, advance, as_generation, begin, prefill
-from tx_jax.decoding.prompts import BUCKET, Prompt, pad_prompts
+from tx_jax.decoding.prompts import BUCKET, Prompt, ends_of, pad_prompts
 from tx_jax.decoding.samplers import Sampler, Samplers, as_arrays, check_sampler, draws
 from tx_jax.errors import require
 from tx_jax.models import DecoderLM
@@ -67,7 +67,7 @@ def write_all(
 
     Raises:
         InputError: a prompt has no token, an id outside of the vocabulary, or is too long with what is to follow it; or
-            what `generate` refuses of the others, but for an eos_id outside of the vocabulary.
+            what `generate` refuses of the others.
     Source: Yu et al. 2022 (Orca), §3.2.
     """
     cfg, V = model.cfg, cast(int, model.cfg.vocab_size)
@@ -80,7 +80,7 @@ def write_all(
         rule = f"prompt {i} has {len(prompt)} tokens and max_new_tokens={limit}, max_len={cfg.max_len}"
         require(len(prompt) + limit <= cfg.max_len, f"{rule}; shorten one")
         check_tokens(np.asarray([prompt]), V, f"prompt {i}")
-    ends = () if eos_id is None else eos_id if isinstance(eos_id, tuple) else (eos_id,)
+    ends = ends_of(eos_id, V)
     check_sampler(sampler, V, 1, bool(ends))
     require(not draws(sampler) or key is not None, "sampling needs key=jax.random.key(seed)")
     how = {"sampler": as_arrays(sampler, V), "automaton": automaton}

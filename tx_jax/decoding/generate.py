@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tx_jax.cache import Cache, init_cache, resize_cache
 from tx_jax.decoding.automaton import Automaton
-from tx_jax.decoding.prompts import CHUNK, LanguageModel, Prompt, prepare
+from tx_jax.decoding.prompts import CHUNK, LanguageModel, Prompt, ends_of, prepare
 from tx_jax.decoding.rules import Text, begin_text
 from tx_jax.decoding.samplers import Keys, Sampler, Samplers, as_arrays, fold_key, sample
 from tx_jax.errors import require
@@ -224,14 +224,13 @@ def generate(
         InputError: ids outside of the vocabulary, a prompt and max_new_tokens beyond model.cfg.max_len, positions
             that are not 0, 1, 2, … then −1, a sampler's number or eos_id out of bounds, or no key where one is needed.
     """
-    V, ends = cast(int, model.cfg.vocab_size), eos_id not in (None, ())
+    V = cast(int, model.cfg.vocab_size)
+    ends = ends_of(eos_id, V)
     prompt, n_slots = prepare(
-        model, tokens, positions, max_new_tokens, sampler, key, memory, prefix_lm, n_samples, prefix, ends
+        model, tokens, positions, max_new_tokens, sampler, key, memory, prefix_lm, n_samples, prefix, bool(ends)
     )
-    for end in eos_id if isinstance(eos_id, tuple) else (eos_id,):
-        require(not isinstance(end, int) or 0 <= end < V, f"eos_id={end} must be from 0 to {V - 1}")
     require(0 <= n_top <= V, f"n_top={n_top} must be from 0 to {V}, the tokens that there are")
-    ids = (jnp.asarray(eos_id, jnp.int32) if eos_id else None) if isinstance(eos_id, tuple) else eos_id
+    ids = jnp.asarray(ends, jnp.int32) if ends else None
     static = max_new_tokens, n_slots, prefix_lm, n_samples, n_top
     return _generate(model, params, prompt, static, as_arrays(sampler, V), key, ids, memory, prefix, automaton)
 

@@ -52,6 +52,19 @@ def pad_prompts(prompts: Sequence[Sequence[int]], width: int | None = None) -> P
     return Prompt(jnp.asarray(rows, jnp.int32), jnp.asarray(positions, jnp.int32))
 
 
+def ends_of(eos_id: int | tuple[int, ...] | None, vocab_size: int) -> tuple[int, ...]:
+    """The ids that end a text.
+
+    Raises:
+        InputError: the vocabulary has none of that number.
+    """
+    ends = () if eos_id is None else eos_id if isinstance(eos_id, tuple) else (eos_id,)
+    for end in ends:
+        inside = not isinstance(end, int) or 0 <= end < vocab_size  # within a `jit` it may be traced
+        require(inside, f"eos_id={end} must be from 0 to {vocab_size - 1}")
+    return ends
+
+
 def prepare(
     model,
     tokens: Any,

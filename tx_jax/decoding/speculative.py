@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from tx_jax.cache import Cache, init_cache
 from tx_jax.decoding.generate import hidden_of, logits_of, prefill
-from tx_jax.decoding.prompts import prepare
+from tx_jax.decoding.prompts import ends_of, prepare
 from tx_jax.decoding.rules import Text, begin_text
 from tx_jax.decoding.samplers import Keys, Sampler, Samplers, as_arrays, draws, is_by_row, probabilities
 from tx_jax.errors import require
@@ -78,11 +78,9 @@ def speculate(
     Source: Leviathan et al. 2023, algorithm 1; Chen et al. 2023, algorithm 2; prompt look-up: Saxena 2023.
     """
     cfg, V = model.cfg, cast(int, model.cfg.vocab_size)
-    ends = () if eos_id is None else eos_id if isinstance(eos_id, tuple) else (eos_id,)
+    ends = ends_of(eos_id, V)
     prompt, n_slots = prepare(model, tokens, positions, max_new_tokens, sampler, key, None, ends=bool(ends))
     require(n_draft >= 1, f"n_draft={n_draft} must be at least 1; without a draft, use generate")
-    bad = [end for end in ends if not 0 <= end < V]
-    require(not bad, f"eos_id holds id {bad[:1]}; the vocabulary is 0 … {V - 1}")
     if draft is not None:
         pair = isinstance(draft, tuple) and len(draft) == 2
         require(pair, f"draft={type(draft).__name__} must be two: a model and its parameters")

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from tx_jax.cache import Cache, init_cache
 from tx_jax.decoding.automaton import Automaton
 from tx_jax.decoding.generate import hidden_of, logits_of, prefill
-from tx_jax.decoding.prompts import BUCKET, LanguageModel, Prompt, prepare
+from tx_jax.decoding.prompts import BUCKET, LanguageModel, Prompt, ends_of, prepare
 from tx_jax.decoding.rules import begin_text
 from tx_jax.decoding.samplers import Keys, Sampler, Samplers, as_arrays, fold_key, sample
 
@@ -39,9 +40,9 @@ def stream(
     [(1,), (1,)]
 
     Raises:
-        InputError: what `generate` refuses, but for an eos_id outside of the vocabulary.
+        InputError: what `generate` refuses.
     """
-    ends = eos_id not in (None, ())
+    ends = bool(ends_of(eos_id, cast(int, model.cfg.vocab_size)))
     more = {"sampler": sampler, "key": key, "memory": memory}
     prompt, n_slots = prepare(model, tokens, positions, max_new_tokens, prefix_lm=prefix_lm, ends=ends, **more)
     cache = init_cache(model.cfg, prompt.tokens.shape[0], n_slots)
