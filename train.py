@@ -3,14 +3,14 @@
 
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable
 
 if __name__ == "__main__":  # before modules load: Ctrl-C ends at once but between steps, where the first one saves
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from tx_jax.command_line import keep_compiled, one_line_errors, parse_run
 from tx_jax.memory import keep_memory
-from tx_jax.processes import connect
+from tx_jax.processes import connect, is_first
 from tx_jax.training.loop import fit
 from tx_jax.training.plan import list_presets, plan
 from tx_jax.training.stopping import Stop
@@ -20,12 +20,14 @@ from tx_jax.training.stopping import Stop
 def main(args: list[str]) -> None:
     """Train what the command line describes."""
     keep_compiled()
-    if not args:
+    args = connect(args)
+    flags = [arg for arg in args if arg != "--dry-run"]
+    if not flags:
         tell(list_presets())
-        print("\nBegin one: python train.py PRESET. With --dry-run it is measured instead; --help lists all flags.")
+        tell(["", "Begin one: python train.py PRESET. With --dry-run it is measured instead; --help lists all flags."])
         return
-    cfg = parse_run(connect(args))
-    if cfg.dry_run:
+    cfg = parse_run(flags)
+    if len(flags) < len(args):
         tell(plan(cfg))
         return
     stop = Stop()
@@ -34,10 +36,11 @@ def main(args: list[str]) -> None:
         sys.exit(stop.exit_code)
 
 
-def tell(lines: Iterator[str]) -> None:
-    """Each as soon as it is known."""
+def tell(lines: Iterable[str]) -> None:
+    """Each as soon as it is known, by the process that speaks for all."""
     for line in lines:
-        print(line, flush=True)
+        if is_first():
+            print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -29,13 +29,6 @@ def test_every_public_name_is_rendered_once():
     assert set(times.values()) == {1}
 
 
-@pytest.mark.parametrize("name", PUBLIC)
-def test_every_public_name_has_a_docstring(name):
-    said, own = PUBLIC[name].__doc__, name.rpartition(".")[2]
-    assert said
-    assert not said.startswith(f"{own}(")  # what Python makes of a NamedTuple's or a dataclass's fields
-
-
 @pytest.mark.parametrize("name", [name for name, blocks in CODE.items() if blocks])
 def test_python_blocks_run(name):
     exec("\n".join(CODE[name]), {})

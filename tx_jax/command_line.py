@@ -31,7 +31,8 @@ from tx_jax.run_presets import RUNS
 
 USAGE = """usage: python train.py PRESET|CONFIG.json [--run-dir DIR] [flags]
 
-Train a Transformer; run the same command again to continue. Ctrl-C saves first.
+Train a Transformer; run the same command again to continue. Ctrl-C saves first. --dry-run tells what the run needs, and
+how long it takes here, and writes nothing.
 
 presets:
 {presets}
@@ -123,7 +124,6 @@ def parse_run(args: list[str]) -> RunConfig:
     Raises:
         InputError: there is no such preset or file, or the flags break a rule.
     """
-    require(args, f"no preset is given; use one of {', '.join(RUNS)}, or a CONFIG.json; see train.py --help")
     name, *flags = args
     if name == "--tyro-print-completion":  # for ./train.py, whatever its preset
         return parse(RunConfig, args, prog="train.py")

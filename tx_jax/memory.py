@@ -1,9 +1,11 @@
 """How much memory a run takes, and what glibc does with what a step frees; elsewhere than on glibc, nothing happens."""
 
+import contextlib
 import ctypes
 import os
 import resource
 import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -46,7 +48,10 @@ def memory_of(program: Any) -> int:
 
 
 def memory_limit() -> int:
-    """The bytes of one device, or of this machine where the device does not tell; 0: none is known."""
+    """The bytes of one device or, where it does not tell, its part of what this process may have; 0: unknown."""
     stats = jax.local_devices()[0].memory_stats() or {}
     told = "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {})
-    return stats.get("bytes_limit") or (os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if told else 0)
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if told else 0
+    with contextlib.suppress(OSError, ValueError):  # "max": no limit
+        machine = min(machine, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return stats.get("bytes_limit") or machine // jax.local_device_count()

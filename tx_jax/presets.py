@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from tx_jax.config import ModelConfig, RotaryConfig
+from tx_jax.errors import require
 
 
 def _vaswani(vocab_size: int, d_model: int, n_heads: int, d_mlp: int, dropout_rate: float) -> ModelConfig:
@@ -75,7 +76,11 @@ def vaswani_row(name: str) -> ModelConfig:
 
     >>> vaswani_row("vaswani-b-key-16").H
     16
+
+    Raises:
+        InputError: there is no such row.
     """
+    require(name in VASWANI_ROWS, f"row {name!r} is not one of {', '.join(VASWANI_ROWS)}")
     return dataclasses.replace(vaswani_base(), **VASWANI_ROWS[name])
 
 

@@ -225,7 +225,6 @@ class RunConfig:
     change: str | None = None  # fields that may differ from those of the run that goes on: optim.peak-lr,train.n-steps
     profile: bool = False  # write a trace of five steps to run_dir/profile
     log_to: LogTo = "none"  # none | tensorboard | wandb: where the numbers of metrics.jsonl go, too
-    dry_run: bool = False  # say what the run needs, and how long it takes here; nothing is written
 
     @property
     def changes(self) -> frozenset[str]:

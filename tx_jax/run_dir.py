@@ -27,7 +27,7 @@ NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of file systems tha
 ANOTHER = "use another --run-dir"
 # Fields that may change when a run goes on: they do not enter the mathematics of a step.
 FREE = re.compile(
-    r"run_dir|profile|log_to|dry_run|resume|change|mesh\..*|train\.(\w+_every|keep\w*|max_skipped|n_averaged|n_scored|sample_\w+|accumulate_steps|remat|scan_layers)"
+    r"run_dir|profile|log_to|resume|change|mesh\..*|train\.(\w+_every|keep\w*|max_skipped|n_averaged|n_scored|sample_\w+|accumulate_steps|remat|scan_layers)"
 )
 
 
@@ -179,7 +179,7 @@ def read_metrics(run_dir: RunDir) -> list[dict[str, Any]]:
     for line in (pathlib.Path(run_dir) / METRICS).read_text(encoding="utf-8", errors="replace").splitlines():
         with contextlib.suppress(ValueError):
             found.append(json.loads(line))
-    return found
+    return [row for row in found if isinstance(row, dict)]
 
 
 def fields_of(cfg: RunConfig) -> dict[str, Any]:

@@ -26,12 +26,13 @@ def list_sources(home: Path = Path("runs")) -> Iterator[str]:
 
 def _about(run_dir: Path) -> str:
     """How far a run has come, in a line; empty: there is nothing to sample from."""
-    try:
-        step, cfg = latest_step(run_dir), read_config(run_dir)
-    except InputError as error:
-        return f"cannot be read: {error}"
+    step = latest_step(run_dir)
     if step is None:
         return ""
+    try:
+        cfg = read_config(run_dir)
+    except InputError as error:
+        return str(error)
     data, log = cfg.data, run_dir / METRICS
     losses = [row["valid_loss"] for row in read_metrics(run_dir) if "valid_loss" in row] if log.exists() else []
     loss = f", validation loss {losses[-1]:.2f}" if losses else ""

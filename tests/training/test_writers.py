@@ -2,6 +2,7 @@
 
 import errno
 import importlib
+import time
 import warnings
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from tx_jax.errors import InputError
 from tx_jax.run_config import RunConfig
 from tx_jax.training import writers
-from tx_jax.training.writers import open_writer
+from tx_jax.training.writers import Writer, careful, open_writer
 
 
 @pytest.fixture
@@ -45,32 +46,44 @@ def test_tensorboard_reads_what_was_written(cfg, tmp_path):
     assert found == {"loss": [(1, 0.5), (2, 1.0), (2, 1.0), (3, 1.5)], "lr": [(n, 0.25) for n in (1, 2, 2, 3)]}
 
 
-def test_after_a_full_disk_numbers_go_to_another_file(cfg, tmp_path, monkeypatch):
-    writer = open_writer(cfg("tensorboard"))
-    writer.add(1, {"loss": 1.0})
-    library = importlib.import_module("tensorboard.summary")
+def test_after_its_first_failure_a_writer_is_left_alone():
+    said, took = [], []
 
-    def full(*_):
+    def add(step, numbers):
+        took.append(step)
         raise OSError(errno.ENOSPC, "no space")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(library.Writer, "flush", full)
-        with pytest.raises(OSError, match="no space"):
-            writer.add(2, {"loss": 2.0})
-    writer.add(3, {"loss": 3.0})
+    writer = careful(Writer(add, lambda: took.append("closed")), said.append)
+    writer.add(1, {})
+    writer.add(2, {})
     writer.close()
-    assert shown(tmp_path / "run" / "tensorboard")["loss"][-1] == (3, 3.0)
-    assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 2
+    assert took == [1]
+    assert said == ["WARNING: log_to takes no more numbers (OSError(28, 'no space')); metrics.jsonl has them all"]
 
 
 def test_wandb_keeps_a_run_in_its_directory(cfg, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    writer = open_writer(cfg("wandb"))
-    writer.add(7, {"loss_of_a_test": 1.0})
-    writer.close()
-    (kept,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
-    assert b"loss_of_a_test" in kept.read_bytes()
+    for _ in range(2):  # and one that goes on
+        writer = open_writer(cfg("wandb"))
+        writer.add(7, {"loss_of_a_test": 1.0})
+        writer.close()
+        time.sleep(1)  # whose directory has another second in its name
+    one, other = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
+    assert one.name == other.name  # of the run's id
+    assert b"loss_of_a_test" in one.read_bytes()
+
+
+def test_wandb_without_a_key(cfg, monkeypatch):
+    def init(**how):
+        raise wandb.Error("No API key configured.\nUse wandb login")
+
+    wandb = importlib.import_module("wandb")
+    monkeypatch.setattr(wandb, "init", init)
+    with pytest.raises(
+        InputError, match=r"^log_to='wandb' cannot begin: No API key configured\.; run wandb login, set"
+    ):
+        open_writer(cfg("wandb"))
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
@@ -79,5 +92,7 @@ def test_without_the_package(cfg, monkeypatch, name):
         raise ImportError(name)
 
     monkeypatch.setattr(writers.importlib, "import_module", missing)
-    with pytest.raises(InputError, match=rf"log_to='{name}' needs a package that is not installed; pip install {name}"):
+    with pytest.raises(
+        InputError, match=rf"log_to='{name}' needs a package that is not installed; pip install {name}, or give"
+    ):
         open_writer(cfg(name))

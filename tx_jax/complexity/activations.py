@@ -15,7 +15,7 @@ SCOPES = (  # of what was kept: the modules that gave it, as their names stand i
     (r"mlp|moe", "feed-forward"),
     (r"blocks_\d+$", "norms"),  # the residual stream
     (r"/head", "head"),
-    (r"embed|positions|encode", "embedding"),
+    (r"embed|positions|encode|\.hidden\)$", "embedding"),
     (r"", "head"),  # the loss
 )
 
@@ -31,7 +31,7 @@ def kept_bytes(function: Any, params: Any, *args: Any) -> dict[str, int]:
         return jax.vjp(lambda params: function(params, *args), params)[1]
 
     traced = jax.make_jaxpr(residuals)(params, *args).jaxpr
-    given, found = set(traced.invars), dict.fromkeys((name for _, name in SCOPES), 0)
+    given, found = {*traced.invars, *traced.constvars}, dict.fromkeys((name for _, name in SCOPES), 0)
     for var in {x for x in traced.outvars if isinstance(x, Var)} - given:
         scope = scope_of(traced, var)
         name, aval = next(name for pattern, name in SCOPES if re.search(pattern, scope)), cast(Any, var.aval)

@@ -72,9 +72,12 @@ def prefill(
     ((2, 7), [2, 1])
 
     Raises:
-        InputError: the cache has fewer slots than the prompt has tokens, or memory has not a row for each.
+        InputError: without a window, the cache has fewer slots than the prompt tokens; memory has not a row for each.
     """
     last, (B, T) = prompt.positions.argmax(axis=1), prompt.tokens.shape
+    n_slots = cache.positions.shape[1]
+    rule = f"a prompt of {T} tokens exceeds the {n_slots} slots of the cache"
+    require(n_slots >= T or model.cfg.reach is not None, f"{rule}; make it by n_slots={T} or more")
     more = {"prefix": last + 1} if prefix_lm else {}
     if prefix_lm or T <= CHUNK:
         x, cache = hidden_of(model, params, prompt.tokens, prompt.positions, cache, memory, **more)

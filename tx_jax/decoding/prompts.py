@@ -58,9 +58,9 @@ def ends_of(eos_id: int | tuple[int, ...] | None, vocab_size: int) -> tuple[int,
     Raises:
         InputError: the vocabulary has none of that number.
     """
-    ends = () if eos_id is None else eos_id if isinstance(eos_id, tuple) else (eos_id,)
+    ends = () if eos_id is None else tuple(eos_id) if isinstance(eos_id, Sequence) else (eos_id,)
     for end in ends:
-        inside = not isinstance(end, int) or 0 <= end < vocab_size  # within a `jit` it may be traced
+        inside = isinstance(end, Tracer) or 0 <= end < vocab_size
         require(inside, f"eos_id={end} must be from 0 to {vocab_size - 1}")
     return ends
 

@@ -22,7 +22,7 @@ from tx_jax.inspect.look import look
 from tx_jax.models import EncoderDecoder
 from tx_jax.modules.positions import SCHEMES
 from tx_jax.ops.masks import Mask
-from tx_jax.run_dir import read_metrics
+from tx_jax.run_dir import METRICS, read_metrics
 from tx_jax.translate import Translation
 
 if TYPE_CHECKING:
@@ -68,8 +68,10 @@ def plot_metrics(run_dir: str | Path) -> "Figure":
     'loss, nats per token'
 
     Raises:
-        InputError: matplotlib is not installed.
+        InputError: matplotlib is not installed, or there is no metrics.jsonl.
     """
+    log = Path(run_dir) / METRICS
+    require(log.is_file(), f"run_dir='{run_dir}' holds no {METRICS}; name the --run-dir of a training run")
     records = read_metrics(Path(run_dir))
     figure, ((axes,),) = figure_of(7, 4)
     for name, label, marker in (("loss", "training", ""), ("valid_loss", "validation", "o")):

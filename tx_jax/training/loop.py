@@ -1,7 +1,7 @@
 """A training run, from data to checkpoints: read it from top to bottom.
 
 Everything lands in the run directory: config.json, tokenizer/, metrics.jsonl, samples.txt, plots/loss.png and
-checkpoints/<step>/. Running the same config again continues at the newest checkpoint; Ctrl-C and SIGTERM save first.
+checkpoints/<step>/. Running the same config again continues at the newest checkpoint; Ctrl-C and SIGTERM save.
 """
 
 import contextlib
@@ -44,10 +44,10 @@ ASK_EVERY = 10  # steps: many processes wait for each other as they ask whether 
 
 
 def fit(cfg: RunConfig, stop: Stop | None = None) -> TrainState:
-    """The state after cfg.train.n_steps optimiser steps, or where Ctrl-C or SIGTERM stopped it.
+    """The state after cfg.train.n_steps optimiser steps, or where a signal stopped it.
 
     Args:
-        stop: is told which of them did.
+        stop: is told which one did.
 
     Raises:
         InputError: the text, the configuration and the run directory do not fit together, or another process is using
@@ -87,7 +87,7 @@ def _fit(cfg: RunConfig, stop: Stop) -> TrainState:
 
 def open_run(cfg: RunConfig) -> Run:
     """All that can be refused of a run, but for what its directory holds; nothing is written."""
-    find_library(cfg)
+    first_says(lambda: find_library(cfg) is not None)
     mesh = choose_mesh(cfg.mesh)
     task = open_task(cfg, rows_here(mesh, cfg.data.batch_size))
     cfg, train = task.cfg, task.cfg.train

@@ -1,7 +1,6 @@
 """What a run says as it goes: lines and a progress bar for a person, metrics.jsonl and samples.txt for later."""
 
 import contextlib
-import dataclasses
 import errno
 import json
 import math
@@ -27,7 +26,7 @@ from tx_jax.run_config import RunConfig
 from tx_jax.run_dir import METRICS, read_metrics
 from tx_jax.training.peaks import peak_flops
 from tx_jax.training.step import Metrics
-from tx_jax.training.writers import open_writer
+from tx_jax.training.writers import NOWHERE, careful, open_writer
 
 TRACED = 5  # steps of a profile
 UNREAD = 100  # steps that are looked at together, at most; and whose losses are what is usual
@@ -69,7 +68,8 @@ class Report:
         files = (METRICS, "samples.txt")
         self.metrics, self.samples = (_Lines(Path(os.devnull) if self.quiet else self.run_dir / name) for name in files)
         self.metrics.path.touch()
-        self.writer = open_writer(dataclasses.replace(cfg, log_to="none") if self.quiet else cfg)
+        self.writer = NOWHERE
+        first_says(self._open_writer)
         self.since, self.done = time.perf_counter(), step  # of the speed being measured
 
     def __enter__(self) -> "Report":
@@ -88,9 +88,9 @@ class Report:
 
     def __exit__(self, *_: object) -> None:
         self.trace(None)
-        self.bar.stop()
-        with unless_full():
-            self.writer.close()
+        with unless_full():  # a terminal that is gone
+            self.bar.stop()
+        self.writer.close()
         for lines in (self.metrics, self.samples):
             if lines.waiting:
                 lines.add("")
@@ -218,8 +218,11 @@ class Report:
         """One record of metrics.jsonl, without what is not finite, for which JSON has no word."""
         values = {name: x for name, x in values.items() if not isinstance(x, float) or math.isfinite(x)}
         self.metrics.add(json.dumps({"step": step} | values) + "\n")
-        with unless_full():
-            self.writer.add(step, {name: float(x) for name, x in values.items() if not isinstance(x, str)})
+        self.writer.add(step, {name: float(x) for name, x in values.items() if not isinstance(x, str)})
+
+    def _open_writer(self) -> int:
+        self.writer = careful(open_writer(self.cfg), self.line)
+        return 0
 
     def unsaved(self, step: int, why: str, *, then: str = "The run goes on, and tries again") -> None:
         """A checkpoint that could not be written, as is known at this step."""

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 
 ENDS = (signal.SIGINT, signal.SIGTERM)
 NOTICES = tuple(getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2", "SIGHUP") if hasattr(signal, name))
-HEARD = b"stopping after this step, and saving; a second signal ends at once\n"
+HEARD = b"stopping after this step, and saving; a second Ctrl-C or SIGTERM ends at once\n"
 SHOW_CURSOR = b"\x1b[?25h"
 
 
@@ -36,7 +36,8 @@ def stopping(stop: Stop) -> Iterator[None]:
         yield
         return
     before = {number: signal.getsignal(number) for number in (*ENDS, *NOTICES)}
-    before = {number: handler for number, handler in before.items() if number in ENDS or handler != signal.SIG_IGN}
+    left = (signal.SIG_IGN, None)  # None: of a library in C, which cannot be put back
+    before = {number: handler for number, handler in before.items() if number in ENDS or handler not in left}
 
     def restore(numbers: Iterable[int]) -> None:
         for number in numbers:

@@ -1,7 +1,7 @@
 """Where else a run's numbers go, if it is asked to: TensorBoard's event files, or Weights & Biases."""
 
-import hashlib
 import importlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,57 +18,73 @@ class Writer(NamedTuple):
     close: Callable[[], object]
 
 
+NOWHERE = Writer(lambda step, numbers: None, lambda: None)
+
+
 def open_writer(cfg: RunConfig) -> Writer:
-    """The one that cfg.log_to names; none: one that does nothing.
+    """The one that cfg.log_to names.
 
     Raises:
-        InputError: its package is not installed.
+        InputError: its package is not installed, or will not do.
     """
-    return WRITERS[cfg.log_to][0](find_library(cfg), cfg)
+    library = find_library(cfg)
+    return NOWHERE if library is None else WRITERS[cfg.log_to][0](library, cfg)
+
+
+def careful(writer: Writer, say: Callable[[str], object]) -> Writer:
+    """The writer up to its first failure, of which `say` is told: somebody else's log is no harm to a run."""
+    failed: list[Exception] = []
+
+    def tried(function: Callable) -> Callable:
+        def call(*args: Any) -> None:
+            try:
+                if not failed:
+                    function(*args)
+            except Exception as error:  # of any library
+                failed.append(error)
+                say(f"WARNING: log_to takes no more numbers ({error!r:.200}); metrics.jsonl has them all")
+
+        return call
+
+    return Writer(*map(tried, writer))
 
 
 def find_library(cfg: RunConfig) -> Any:
-    """The package that cfg.log_to needs. Raises as `open_writer` does."""
+    """The package that cfg.log_to needs; None: none. Raises as `open_writer` does."""
+    if cfg.log_to == "none":
+        return None
     try:
         return importlib.import_module(WRITERS[cfg.log_to][1])
     except ImportError:
         rule = f"log_to={cfg.log_to!r} needs a package that is not installed"
-        raise InputError(f"{rule}; pip install {cfg.log_to}, or leave it out") from None
-
-
-def none(library: Any, cfg: RunConfig) -> Writer:
-    """Nowhere else."""
-    return Writer(lambda step, numbers: None, lambda: None)
+        raise InputError(f"{rule}; pip install {cfg.log_to}, or give --log-to none") from None
 
 
 def tensorboard(library: Any, cfg: RunConfig) -> Writer:
-    """Event files in run_dir/tensorboard; steps that are taken again are shown as they went last."""
-    opened: list[Any] = []
+    """Event files in run_dir/tensorboard, one for each start: steps that are taken again are in both."""
+    writer = library.Writer(str(Path(cfg.run_dir) / "tensorboard"))
 
     def add(step: int, numbers: dict[str, float]) -> None:
-        try:
-            if not opened:
-                opened.append(library.Writer(str(Path(cfg.run_dir) / "tensorboard")))
-            for name, number in numbers.items():
-                opened[0].add_scalar(name, number, step)
-            opened[0].flush()
-        except OSError:  # it takes nothing more: the next numbers get a file of their own
-            opened.clear()
-            raise
+        for name, number in numbers.items():
+            writer.add_scalar(name, number, step)
+        writer.flush()
 
-    return Writer(add, lambda: [writer.close() for writer in opened])
+    return Writer(add, writer.close)
 
 
 def wandb(library: Any, cfg: RunConfig) -> Writer:
-    """A run of the project tx_jax, which goes on where this directory's did; WANDB_MODE=offline keeps it there."""
+    """A run, which goes on where this directory's did. WANDB_PROJECT and WANDB_MODE=offline are heeded."""
     where = Path(cfg.run_dir).resolve()
-    own = hashlib.sha256(str(where).encode()).hexdigest()[:16]
+    before = sorted(where.glob("wandb/*run-*-*"), key=os.path.getmtime)
+    own = before[-1].name.rpartition("-")[2] if before else None
     how = {"name": where.name, "id": own, "resume": "allow", "dir": str(where), "config": fields_of(cfg)}
-    run = library.init(project="tx_jax", **how)
+    try:
+        run = library.init(project=os.environ.get("WANDB_PROJECT", "tx_jax"), **how)
+    except library.Error as error:
+        rule = f"log_to='wandb' cannot begin: {str(error).splitlines()[0]:.200}"
+        raise InputError(f"{rule}; run wandb login, set WANDB_MODE=offline, or give --log-to none") from None
     run.define_metric("*", step_metric="step")  # its own count of steps never goes back, as a run may
     return Writer(lambda step, numbers: run.log({"step": step} | numbers), run.finish)
 
 
-WRITERS = {  # with what each imports
-    "none": (none, "tx_jax"), "tensorboard": (tensorboard, "tensorboard.summary"), "wandb": (wandb, "wandb"),
-}  # fmt: skip
+WRITERS = {"tensorboard": (tensorboard, "tensorboard.summary"), "wandb": (wandb, "wandb")}  # with what each imports
