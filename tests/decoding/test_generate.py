@@ -115,7 +115,17 @@ def test_eos_outside_of_the_vocabulary():
         generate("llama", eos_id=V)
     model, params, _ = make("llama")
     with pytest.raises(InputError, match=rf"^eos_id={V} must be from 0 to {V - 1}$"):
-        tx.stream(model, params, np.ones((1, 2), int), max_new_tokens=2, eos_id=(1, V))
+        tx.stream(model, params, np.ones((1, 2), int), max_new_tokens=2, eos_id=(1, np.int64(V)))
+
+
+def test_a_prompt_of_chunks_is_held_to_the_slots(monkeypatch):
+    monkeypatch.setattr(module, "CHUNK", 4)  # each of which would fit
+    model, params, _ = make("llama")
+    prompt, cache = tx.pad_prompts([[1] * 8]), tx.init_cache(model.cfg, 1, 6)
+    with pytest.raises(
+        InputError, match=r"^a prompt of 8 tokens exceeds the 6 slots of the cache; make it by n_slots=8"
+    ):
+        tx.prefill(model, params, tx.Prompt(*prompt), cache)
 
 
 @pytest.mark.parametrize(("name", "sampler"), [("mistral", SAMPLED), ("vaswani", Sampler())])

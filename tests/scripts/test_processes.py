@@ -78,7 +78,9 @@ def test_processes_of_eight_devices_in_all_give_the_update_of_one_device(n, mesh
 def test_a_run_of_two_processes_goes_on_in_one_on_another_mesh(train, tiny, tmp_path, capsys):
     one, two = tmp_path / "one", tmp_path / "two"
     train([*tiny, *SHORT, "--mesh.fsdp", "8", "--run-dir", str(one)])
-    ends = start(2, 4, "train.py", *tiny, *SHORT, "--mesh.fsdp", "8", "--run-dir", str(two))
+    shown = ["--log-to", "tensorboard"]
+    ends = start(2, 4, "train.py", *tiny, *SHORT, "--mesh.fsdp", "8", "--run-dir", str(two), *shown)
+    assert len([*(two / "tensorboard").iterdir()]) == 1
     assert [code for _, code in ends] == [0, 0], ends
     assert "on 8 × cpu" in ends[0][0]
     assert "step" not in ends[1][0]  # the first speaks for both
@@ -91,6 +93,14 @@ def test_a_run_of_two_processes_goes_on_in_one_on_another_mesh(train, tiny, tmp_
     assert "continuing after step 2 of 4" in capsys.readouterr().out
     for row, expected in zip(records(two), records(one), strict=True):
         assert row == pytest.approx(expected, rel=1e-5)
+
+
+def test_two_processes_plan_together(tiny, tmp_path):
+    ends = start(2, 1, "train.py", *tiny, "--mesh.fsdp", "2", "--run-dir", str(tmp_path / "run"), "--dry-run")
+    assert [code for _, code in ends] == [0, 0], ends
+    assert "on 2 × cpu: " in ends[0][0]
+    assert "parameters" not in ends[1][0]  # the first speaks for both
+    assert not (tmp_path / "run").exists()
 
 
 NO_ROOM = """
