@@ -203,6 +203,10 @@ def test_what_cannot_be():
     cfg = tx.ModelConfig(**SIZES)
     with pytest.raises(tx.InputError, match=r"batch=0, seq_len=48 must be at least 1"):
         tx.complexity(cfg, 0, 48)
+    with pytest.raises(
+        tx.InputError, match=r"seq_len=65 exceeds max_len=64; shorten it, or replace max_len in the cfg"
+    ):
+        tx.complexity(cfg, 1, 65)
     with pytest.raises(tx.InputError, match=r"source_len=8 needs stack='encoder_decoder', not 'decoder'"):
         tx.complexity(cfg, 1, 48, source_len=8)
     with pytest.raises(tx.InputError, match=r"source_len=0 must be at least 1; None is seq_len"):

@@ -279,7 +279,7 @@ def test_an_encoder_sees_all():
 
 def test_what_cannot_be_looked_at():
     model, params = made()
-    with pytest.raises(tx.InputError, match=r"source is for an encoder-decoder, which needs one; this is a DecoderLM"):
+    with pytest.raises(tx.InputError, match=r"DecoderLM reads no source; leave source= out"):
         look(model, params, TOKENS, source=SOURCE)
     with pytest.raises(tx.InputError, match=r"the layers of stack are stacked; look at unstack_layers\(params\)"):
         look(model, tx.stack_layers(params), TOKENS)
@@ -338,3 +338,13 @@ def test_a_page_holds_words_and_weights_and_no_word_ends_it():
     assert page.count("</script>") == 1
     with pytest.raises(tx.InputError, match=r"1 queries and 1 keys are not the \(2, 2\) of the weights"):
         browse(weights, ["a"])
+
+
+@pytest.mark.parametrize("plot", [plot_heads, browse])
+def test_words_are_held_to_the_weights(plot):
+    with pytest.raises(
+        tx.InputError, match=r"^1 queries and 1 keys are not the \(2, 2\) of the weights; give a word"
+    ):
+        plot(np.ones((1, 1, 2, 2)), ["a"])
+    with pytest.raises(tx.InputError, match=r"^weights have shape \(1, 1, 1, 2, 2\), not \(L, N, T, S\); take one row"):
+        plot.__wrapped__(np.ones((1, 1, 1, 2, 2)), ["a", "b"])

@@ -31,20 +31,27 @@ def kept_bytes(function: Any, params: Any, *args: Any) -> dict[str, int]:
         return jax.vjp(lambda params: function(params, *args), params)[1]
 
     traced = jax.make_jaxpr(residuals)(params, *args).jaxpr
-    given, found = {*traced.invars, *traced.constvars}, dict.fromkeys((name for _, name in SCOPES), 0)
-    for var in {x for x in traced.outvars if isinstance(x, Var)} - given:
-        scope = scope_of(traced, var)
-        name, aval = next(name for pattern, name in SCOPES if re.search(pattern, scope)), cast(Any, var.aval)
-        found[name] += aval.size * aval.dtype.itemsize
+    kept = {}  # what is handed on unchanged, by several names, is one array
+    for var in (x for x in traced.outvars if isinstance(x, Var)):
+        scope, key = origin(traced, var)
+        if key not in (*traced.invars, *traced.constvars):
+            kept[key] = scope, cast(Any, var.aval)
+    found = dict.fromkeys((name for _, name in SCOPES), 0)
+    for scope, aval in kept.values():
+        found[next(name for pattern, name in SCOPES if re.search(pattern, scope))] += aval.size * aval.dtype.itemsize
     return found
 
 
-def scope_of(jaxpr: Jaxpr, var: Any) -> str:
-    """The names of the modules that a variable comes from, into the programs that its own calls."""
-    for eqn in jaxpr.eqns:
-        if var in eqn.outvars:
-            inner = eqn.params.get("jaxpr")
-            inner = getattr(inner, "jaxpr", inner)
-            outer = str(eqn.source_info.name_stack)
-            return outer if inner is None else f"{outer}/{scope_of(inner, inner.outvars[eqn.outvars.index(var)])}"
-    return ""
+def origin(jaxpr: Jaxpr, var: Any) -> tuple[str, Any]:
+    """The names of the modules where a variable is computed, and what it is known by; an argument is itself."""
+    eqn = next((eqn for eqn in jaxpr.eqns if var in eqn.outvars), None)
+    if eqn is None:
+        return "", var
+    inner, i, scope = eqn.params.get("jaxpr"), eqn.outvars.index(var), str(eqn.source_info.name_stack)
+    if inner is None:
+        return scope, (id(eqn), i)
+    inner = getattr(inner, "jaxpr", inner)
+    within, key = origin(inner, inner.outvars[i])
+    if isinstance(key, Var) and key in inner.invars:
+        return origin(jaxpr, eqn.invars[inner.invars.index(key)])
+    return f"{scope}/{within}", (id(eqn), key)

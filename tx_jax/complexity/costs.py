@@ -104,11 +104,13 @@ def complexity(
     (True, 256)
 
     Raises:
-        InputError: a number is below 1, there is no vocabulary yet, or source_len is of a model without a source.
+        InputError: a number is below 1, seq_len exceeds cfg.max_len, there is no vocabulary yet, or source_len is of a
+            model without a source.
     """
     T, both = cfg.max_len if seq_len is None else seq_len, cfg.stack == "encoder_decoder"
     S = 0 if not both else T if source_len is None else source_len
     require(batch >= 1 and T >= 1, f"batch={batch}, seq_len={T} must be at least 1")
+    require(cfg.max_len >= T, f"seq_len={T} exceeds max_len={cfg.max_len}; shorten it, or replace max_len in the cfg")
     require(S >= 1 or not both, f"source_len={S} must be at least 1; None is seq_len")
     require(both or source_len is None, f"source_len={source_len} needs stack='encoder_decoder', not {cfg.stack!r}")
     found = leaves(cfg)

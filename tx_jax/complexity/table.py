@@ -13,6 +13,7 @@ growth in tokens T and width d          time       compute        memory
   a layer                              O(T²)      O(T²·d + T·d²)  O(T² + T·d)
   the next token, with the cache       O(T)       O(T·d + d²)     O(T·d)
   the next token, without it           O(T²)      O(T²·d + T·d²)  O(T² + T·d)
+  a window of w tokens has w in place of one T of attention
 """
 
 
@@ -55,8 +56,10 @@ def _sums(found: Complexity) -> list[str]:
     rows = [(name, *(of_bytes(size[name]) for size in sizes.values())) for name in found.params]
     sums = ("in all", *(of_bytes(sum(size.values())) for size in sizes.values()))
     kept = _columns([("kept for the backward pass, by remat:", *sizes), *rows, sums])
-    each = found.cache_bytes // (found.batch * found.seq_len)
-    cache = f"{of_bytes(found.cache_bytes)}, {of_bytes(each)} a token" if found.decode else "none"
+    slots = min(found.seq_len, found.cfg.reach or found.seq_len)
+    ring = f" of the last {slots:,}" * (slots < found.seq_len)
+    each = found.cache_bytes // (found.batch * slots)
+    cache = f"{of_bytes(found.cache_bytes)}, {of_bytes(each)} a token{ring}" if found.decode else "none"
     return [*kept, "", f"key-value cache: {cache}"]
 
 
@@ -67,10 +70,11 @@ def _times(found: Complexity, name: str, device: Device) -> list[str]:
         seconds = sum(work.seconds(device) for parts in passes for work in parts.values())
         return f"{si(seconds)}s"
 
+    where = "this machine" if name == "here" else name
     peak = f"{si(device.flops)}FLOP/s, {si(device.bandwidth)}B/s"
     decode = f", the next token {least(found.decode)}" if found.decode else ""
     times = f"forward {least(found.forward)}, forward and backward {least(found.forward, found.backward)}{decode}"
-    return [f"at least, on {name} ({peak}; {device.flops / device.bandwidth:,.0f} FLOPs a byte): {times}"]
+    return [f"at least, on {where} ({peak}; {device.flops / device.bandwidth:,.0f} FLOPs a byte): {times}"]
 
 
 def si(number: float | int) -> str:

@@ -70,10 +70,9 @@ def look(
         InputError: the layers are stacked, or a source is lacking, or one is given to a model that reads none.
     """
     both = isinstance(model, EncoderDecoder)
-    require(
-        both == (source is not None),
-        f"source is for an encoder-decoder, which needs one; this is a {type(model).__name__}",
-    )
+    kind = type(model).__name__
+    rule = f"{kind} reads a source; give source=" if both else f"{kind} reads no source; leave source= out"
+    require(both == (source is not None), rule)
     scanned = [name for name, part in params.items() if isinstance(part, dict) and SCANNED in part]
     require(not scanned, f"the layers of {', '.join(scanned)} are stacked; look at unstack_layers(params)")
     inputs = {"source": source, "source_positions": source_positions} if both else {"segments": segments}

@@ -72,9 +72,15 @@ def browse(
         InputError: there are not as many words as weights.
     """
     keys = queries if keys is None else keys
-    words, shape = (len(queries), len(keys)), weights.shape[2:]
-    rule = f"{words[0]} queries and {words[1]} keys are not the {shape} of the weights"
-    require(words == shape, f"{rule}; give a word for each")
+    check_words(weights, queries, keys)
     data = {"weights": np.asarray(weights, float).round(4).tolist(), "queries": list(queries), "keys": list(keys)}
     text = json.dumps(data).replace("<", "\\u003c")  # a word such as </script> ends nothing
     return Page(PAGE.replace("ID", f"attention-{uuid.uuid4().hex}").replace("DATA", text))
+
+
+def check_words(weights: Array | np.ndarray, queries: Sequence[str], keys: Sequence[str]) -> None:
+    """Hold the words beside (L, N, T, S) weights to their number. Raises as `browse` does."""
+    require(weights.ndim == 4, f"weights have shape {weights.shape}, not (L, N, T, S); take one row of the batch")
+    words, shape = (len(queries), len(keys)), weights.shape[2:]
+    rule = f"{words[0]} queries and {words[1]} keys are not the {shape} of the weights"
+    require(words == shape, f"{rule}; give a word for each")

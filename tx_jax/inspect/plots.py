@@ -19,6 +19,7 @@ from tx_jax.data.libraries import package
 from tx_jax.data.subwords import Subwords
 from tx_jax.errors import require
 from tx_jax.inspect.look import look
+from tx_jax.inspect.page import check_words
 from tx_jax.models import EncoderDecoder
 from tx_jax.modules.positions import SCHEMES
 from tx_jax.ops.masks import Mask
@@ -102,7 +103,7 @@ def plot_attention(
     'layer 2'
 
     Raises:
-        InputError: matplotlib is not installed.
+        InputError: matplotlib is not installed, or there are not as many words as weights.
     """
     return plot_heads(np.asarray(weights)[:, None], queries, keys)
 
@@ -116,14 +117,16 @@ def plot_heads(
     2
 
     Raises:
-        InputError: matplotlib is not installed.
+        InputError: matplotlib is not installed, or there are not as many words as weights.
     """
+    keys = queries if keys is None else keys
+    check_words(weights, queries, keys)
     L, N, T, S = weights.shape
     figure, panels = figure_of(N * (0.25 * S + 0.5) + 0.8, L * (0.25 * T + 0.5) + 0.8, L, N, sharex=True, sharey=True)
     for (layer, head), axes in np.ndenumerate(panels):
         axes.imshow(np.asarray(weights[layer, head]), cmap="Blues", vmin=0, aspect="auto")
         axes.set_title(f"layer {layer + 1}" + f", head {head + 1}" * (N > 1), fontsize=8)
-        axes.set_xticks(range(S), queries if keys is None else keys, rotation=90, fontsize=8, parse_math=False)
+        axes.set_xticks(range(S), keys, rotation=90, fontsize=8, parse_math=False)
     panels[0, 0].set_yticks(range(T), queries, fontsize=8, parse_math=False)
     return figure
 
