@@ -17,7 +17,7 @@ PUBLIC = {
     for module in (tx, tx.inspect, tx.presets)
     for name, thing in vars(module).items()
     if not name.startswith("_") and (inspect.isclass(thing) or inspect.isfunction(thing))
-    if thing.__module__.startswith("tx_jax.")
+    if thing.__module__.startswith("tx_jax." if module is tx else module.__name__)
 }
 SHAPE = re.compile(r"\(\w+,( \w+,?)*\)")  # (B,), (B, T), …
 UNSHAPED = jax.Array, np.ndarray, inspect.Parameter.empty
