@@ -342,9 +342,7 @@ def test_a_page_holds_words_and_weights_and_no_word_ends_it():
 
 @pytest.mark.parametrize("plot", [plot_heads, browse])
 def test_words_are_held_to_the_weights(plot):
-    with pytest.raises(
-        tx.InputError, match=r"^1 queries and 1 keys are not the \(2, 2\) of the weights; give a word"
-    ):
+    with pytest.raises(tx.InputError, match=r"^1 queries and 1 keys are not the \(2, 2\) of the weights; give a word"):
         plot(np.ones((1, 1, 2, 2)), ["a"])
     with pytest.raises(tx.InputError, match=r"^weights have shape \(1, 1, 1, 2, 2\), not \(L, N, T, S\); take one row"):
         plot.__wrapped__(np.ones((1, 1, 1, 2, 2)), ["a", "b"])
