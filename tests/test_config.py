@@ -8,7 +8,7 @@ import re
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tx_jax import config as checked
@@ -189,6 +189,7 @@ MODEL_CONFIGS = st.builds(
 )  # fmt: skip
 
 
+@settings(deadline=None)  # a slow machine is no error
 @given(run_dir=st.text(min_size=1), prompt=st.text(), rate=NUMBERS, model=MODEL_CONFIGS)
 def test_any_run_goes_to_json_and_back(run_dir, prompt, rate, model):
     optim, train = Optim(peak_lr=rate, end_lr=rate / 3), Train(sample_prompt=prompt)

@@ -111,7 +111,7 @@ def _step_time(program: Any, state: Any, batch: Any) -> float:
     return statistics.median(times[1:])
 
 
-def clock(seconds: float) -> str:
+def clock(seconds: float | int) -> str:
     """A time as people say it.
 
     >>> [clock(x) for x in (0.04, 42, 150, 9000, 200_000)]
