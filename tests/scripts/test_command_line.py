@@ -120,7 +120,7 @@ SAMPLE = {
     "{bad}/untrained": "run_dir='{bad}/untrained' holds no checkpoint; train with --run-dir {bad}/untrained up to a",
     "{run} --temprature 1": "Unrecognized options: --temprature, 1; did you mean --temperature?",
     "{run} --top-k 1.5": "could be instantiated from ['1.5']; see sample.py --help",
-    "--seed 1": "Missing from sample.py: MODEL a run directory of train.py, a Hugging Face directory, a GGUF file, smol",
+    "--seed 1": "Missing from sample.py: MODEL a run directory of train.py, a Hugging Face directory, a GGUF file",
 }  # fmt: skip
 
 
