@@ -306,6 +306,17 @@ def test_a_grid_has_a_picture_for_each_layer_and_head():
     np.testing.assert_array_equal(np.stack(drawn).reshape(weights.shape), weights)
 
 
+def test_some_layers_of_many_are_drawn_by_their_numbers():
+    weights = np.random.default_rng(0).random((9, 2, 4, 4))
+    figure = plot_heads(weights, list("abcd"), layers=[3, 9])
+    np.testing.assert_array_equal(np.stack(images(figure)), weights[[2, 2, 8, 8], [0, 1, 0, 1]])
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles == ["layer 3, head 1", "layer 3, head 2", "layer 9, head 1", "layer 9, head 2"]
+    for layers in ([], [0], [10]):
+        with pytest.raises(tx.InputError, match=rf"layers=\{layers} must be one or more, from 1 to 9"):
+            plot_heads(weights, list("abcd"), layers=layers)
+
+
 @pytest.mark.parametrize("scheme", typing.get_args(config.PositionScheme))
 def test_every_position_scheme_is_drawn(scheme):
     figure = plot_positions(dataclasses.replace(SMALL, positions=scheme), 16)

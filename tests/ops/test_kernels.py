@@ -3,6 +3,7 @@
 Splash attention is interpreted here; in place of cuDNN stands the function of `jax.nn` that has the same arguments.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -15,8 +16,10 @@ from jax import export
 
 import tx_jax as tx
 from tx_jax import InputError, Mask
+from tx_jax.command_line import parse_run
 from tx_jax.ops import kernels
 from tx_jax.ops.int8 import Int8
+from tx_jax.training.start import first_state, make_assemble
 
 B, T, H = 2, 256, 8
 PADDED = jnp.array([[*range(100), *[-1] * 156], [*range(256)]])
@@ -232,6 +235,31 @@ def test_a_training_step_is_lowered_to_the_kernel(name, lowered):
     tokens = jax.ShapeDtypeStruct((B, T), jnp.int32)
     batch = tx.Batch(tokens, tokens, jax.ShapeDtypeStruct((B, T), jnp.float32))
     assert lowered(tx.make_train_step(model, optimizer), state, batch) >= 2  # all layers call the same
+
+
+RUNS = {  # that notebooks train: flags, the size of the vocabulary, how often a kernel is called at least
+    "gpt-shakespeare": ("", 65, 0),  # never: it has dropout of attention
+    "number-words": ("--optim.schedule noam --train.label-smoothing-rate 0.1", 320, 0),  # of 20 tokens
+    "finetune": ("--lora.rank 8", 49_152, 2),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_steps_of_the_notebooks_are_lowered(name, lowered):
+    flags, V, n_calls = RUNS[name]
+    run = parse_run([name, *flags.split()])  # as it is on the accelerator
+    assert run.model.dtype == "bfloat16"
+    sizes = tx.presets.smollm2_135m() if run.init else run.model
+    model = tx.build(dataclasses.replace(sizes, n_layers=1, dtype="bfloat16", vocab_size=V))  # all blocks are alike
+    optimizer = tx.make_optimizer(run.optim, run.train.n_steps)
+    state = jax.eval_shape(lambda: first_state(run.lora, model, optimizer, jax.random.key(0)))
+    tokens = jax.ShapeDtypeStruct((run.data.batch_size, run.data.seq_len), jnp.int32)
+    weights = jax.ShapeDtypeStruct(tokens.shape, jnp.float32)
+    batch = tx.Batch(tokens, tokens, weights)
+    if sizes.stack == "encoder_decoder":
+        batch = tx.PairBatch(tokens, tokens, tokens, weights, tokens, tokens)
+    how = {"label_smoothing": run.train.label_smoothing_rate, "assemble": make_assemble(run.lora)}
+    assert lowered(tx.make_train_step(model, optimizer, **how), state, batch) >= n_calls
 
 
 def test_a_kernel_is_shared_by_all_launchers():

@@ -109,25 +109,37 @@ def plot_attention(
 
 
 def plot_heads(
-    weights: Float[Array | np.ndarray, "L N T S"], queries: Sequence[str], keys: Sequence[str] | None = None
+    weights: Float[Array | np.ndarray, "L N T S"],
+    queries: Sequence[str],
+    keys: Sequence[str] | None = None,
+    *,
+    layers: Sequence[int] | None = None,
 ) -> "Figure":
     """Who attends to whom, a row a layer and a column a head: `look(…).attention[:, b]`.
+
+    Args:
+        layers: those that are drawn, by their numbers from 1; None: all.
 
     >>> len(plot_heads(np.ones((1, 2, 1, 1)), ["a"]).axes)
     2
 
     Raises:
-        InputError: matplotlib is not installed, or there are not as many words as weights.
+        InputError: there are not as many words as weights, no such layer, or matplotlib is not installed.
     """
     keys = queries if keys is None else keys
     check_words(weights, queries, keys)
     L, N, T, S = weights.shape
-    figure, panels = figure_of(N * (0.25 * S + 0.5) + 0.8, L * (0.25 * T + 0.5) + 0.8, L, N, sharex=True, sharey=True)
-    for (layer, head), axes in np.ndenumerate(panels):
-        axes.imshow(np.asarray(weights[layer, head]), cmap="Blues", vmin=0, aspect="auto")
-        axes.set_title(f"layer {layer + 1}" + f", head {head + 1}" * (N > 1), fontsize=8)
+    shown = range(1, L + 1) if layers is None else layers
+    rule = f"layers={layers} must be one or more, from 1 to {L}"
+    require(len(shown) and all(1 <= layer <= L for layer in shown), rule)
+    size = N * (0.25 * S + 0.5) + 0.8, len(shown) * (0.25 * T + 0.5) + 0.8
+    figure, panels = figure_of(*size, len(shown), N, sharex=True, sharey=True)
+    for (row, head), axes in np.ndenumerate(panels):
+        axes.imshow(np.asarray(weights[shown[row] - 1, head]), cmap="Blues", vmin=0, aspect="auto")
+        axes.set_title(f"layer {shown[row]}" + f", head {head + 1}" * (N > 1), fontsize=8)
         axes.set_xticks(range(S), keys, rotation=90, fontsize=8, parse_math=False)
-    panels[0, 0].set_yticks(range(T), queries, fontsize=8, parse_math=False)
+    for axes in panels[:, 0]:
+        axes.set_yticks(range(T), queries, fontsize=8, parse_math=False)
     return figure
 
 
