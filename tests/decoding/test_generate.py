@@ -115,7 +115,7 @@ def test_eos_outside_of_the_vocabulary():
         generate("llama", eos_id=V)
     model, params, _ = make("llama")
     with pytest.raises(InputError, match=rf"^eos_id={V} must be from 0 to {V - 1}$"):
-        tx.stream(model, params, np.ones((1, 2), int), max_new_tokens=2, eos_id=(1, np.int64(V)))
+        tx.stream(model, params, np.ones((1, 2), int), max_new_tokens=2, eos_id=(1, V))
 
 
 def test_a_prompt_of_chunks_is_held_to_the_slots(monkeypatch):
