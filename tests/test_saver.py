@@ -31,6 +31,7 @@ from tx_jax.saver import Saver
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 TESTS = pathlib.Path(__file__).parent
 ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}"}
+CLOCK = time.monotonic if FULL else time.process_time  # seconds of the processor: of no other test beside it
 
 
 def test_keeps_the_newest(tmp_path):
@@ -130,7 +131,7 @@ def big_state(rng: np.random.Generator) -> Any:
 
 def refusal(run_dir: pathlib.Path, state: Any) -> str | None:
     """Why a checkpoint is not restored, in one line and within five seconds. None: it is what was saved."""
-    start = time.monotonic()
+    start = CLOCK()
     try:
         found, data = restore(run_dir, jax.eval_shape(lambda: state))
     except CheckpointError as error:
@@ -139,7 +140,7 @@ def refusal(run_dir: pathlib.Path, state: Any) -> str | None:
         assert_same(found, state)
         assert data == DATA
         return None
-    assert time.monotonic() < start + (5 if FULL else 60)
+    assert CLOCK() < start + 5
     assert f"{run_dir}/checkpoints/3" in said
     assert "\n" not in said
     return said

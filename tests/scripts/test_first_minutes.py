@@ -125,7 +125,7 @@ def test_a_terminal_that_is_gone_is_no_harm(train, tiny, tmp_path, monkeypatch):
     assert latest_step(tmp_path / "run") == 5
 
 
-@pytest.mark.skipif(shutil.which("bash") is None, reason="completion is of a shell")
+@pytest.mark.skipif(shutil.which("bash") is None, reason="what completes is bash itself, which is not there")
 @pytest.mark.parametrize(
     ("script", "words", "found"),
     [("train.py", ["gpt-shakespeare", "--optim.peak"], "--optim.peak-lr"), ("sample.py", ["x", "--top"], "--top-k")],

@@ -40,7 +40,7 @@ def careful(writer: Writer, say: Callable[[str], object]) -> Writer:
             try:
                 if not failed:
                     function(*args)
-            except Exception as error:  # of any library
+            except Exception as error:  # a socket's, a disk's, its own: none is worth the run
                 failed.append(error)
                 say(f"WARNING: log_to takes no more numbers ({error!r:.200}); metrics.jsonl has them all")
 
