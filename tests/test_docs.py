@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import tx_jax as tx
+from tx_jax.inspect.journeys import TRAINING
 
 ROOT = Path(__file__).parents[1]
 PAGES = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "reference").glob("*.md")}
@@ -38,3 +39,11 @@ def test_python_blocks_run(name):
 def test_no_line_begins_with_a_number_and_a_dot(path):
     """The site would take it for an item of a list, and leave the number out."""
     assert not re.findall(r"^ *\d+\. .*", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def test_the_journey_that_is_drawn_is_the_one_in_the_table():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = [row for row in text.split("**Sampling**")[0].splitlines() if row.startswith("| ")][1:]
+    for row, station in zip(rows, TRAINING.stations, strict=True):
+        assert row.startswith(f"| {station.title}")
+        assert [name for name in re.findall(r"\w+\.py", station.files) if f"{name}`" not in row] == []

@@ -19,8 +19,15 @@ PUBLIC = {
     if not name.startswith("_") and (inspect.isclass(thing) or inspect.isfunction(thing))
     if thing.__module__.startswith("tx_jax." if module is tx else module.__name__)
 }
-SHAPE = re.compile(r"\(\w+,( \w+,?)*\)")  # (B,), (B, T), …
+SHAPE = re.compile(r"\((?=[^)]*\b[A-Z]\b)\w+,( \w+,?)*\)")  # (B,), (rows, V), …: of one capital letter, at least
 UNSHAPED = jax.Array, np.ndarray, inspect.Parameter.empty
+
+
+def parts_of(kind):
+    """A type, and what it is made of: of a union, a list, a function, …"""
+    yield kind
+    for part in kind if isinstance(kind, list) else typing.get_args(kind):
+        yield from parts_of(part)
 
 
 def without_shape(thing):
@@ -34,7 +41,7 @@ def without_shape(thing):
     for name, kind in kinds.items():
         if kind == optax.OptState:  # a tree of any
             continue
-        parts = [kind, *typing.get_args(kind)]
+        parts = [*parts_of(kind)]
         shaped = any(inspect.isclass(part) and issubclass(part, jaxtyping.AbstractArray) for part in parts)
         if not shaped and any(part in UNSHAPED for part in parts):
             yield name

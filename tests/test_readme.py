@@ -1,15 +1,61 @@
-"""The README's Python runs as it stands, with small models for those that it trains or fetches."""
+"""The README's Python runs as it stands, with small models for those that it trains or fetches; its commands parse."""
 
 import dataclasses
 import re
+import shlex
+import tomllib
 from pathlib import Path
 
 import jax
+import pytest
 
 import tx_jax as tx
+from tx_jax.command_line import parse, parse_run
+from tx_jax.complexity import __main__ as complexity
+from tx_jax.convert import __main__ as convert
+from tx_jax.data import prepare
 from tx_jax.data.subwords import SubwordTokenizer
+from tx_jax.run_presets import RUNS
+from tx_jax.sample_args import Args
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+SCRIPTS = {  # by the words before its arguments: what takes them
+    "python sample.py": Args,
+    "python -m tx_jax.complexity": complexity.Args,
+    "python -m tx_jax.convert": convert.Args,
+    "python -m tx_jax.data.prepare": prepare.Args,
+}
+OF_PROCESSES = re.compile(r" (--coordinator|--n-processes|--process-id) \S+| --dry-run")  # taken out before the rest
+COMMANDS = [
+    line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines() if line.strip()
+]
+
+
+def words(command):
+    """Without settings of the environment, comments, and what stands for more."""
+    return shlex.split(re.sub(r"^(\w+=\S+ )+", "", command.replace("…", "")), comments=True)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_parse(command):
+    match words(OF_PROCESSES.sub("", command)):
+        case ["make", target]:
+            assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+        case ["source", path]:
+            assert path == ".venv/bin/activate"
+        case ["pip", "install", "-e", extras]:
+            assert set(extras.strip(".[]").split(",")) <= set(EXTRAS)
+        case ["python", "train.py"] | ["python", "sample.py"]:  # they list what there is
+            pass
+        case ["python", "train.py", preset, "--help"]:
+            assert preset in RUNS
+        case ["python", "train.py", preset, *flags]:
+            parse_run([preset.replace("PRESET", "gpt-shakespeare"), *flags])
+        case [*program]:
+            name = next(name for name in SCRIPTS if shlex.join(program).startswith(name))
+            parse(SCRIPTS[name], program[len(name.split()) :], prog=name)
 
 
 def small(cfg, **changes):
@@ -27,7 +73,7 @@ def test_python_blocks_run(tmp_path, monkeypatch):
     }
     monkeypatch.setattr(tx, "load_pretrained", lambda name, **more: models.get(name) or load(name, **more))
     monkeypatch.setattr(tx, "load_tokenizer", lambda name: tokenizer)
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(blocks) == 10
     space: dict = {}
     exec("\n".join(blocks), space)

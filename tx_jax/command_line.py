@@ -5,7 +5,6 @@ A run config is a preset or a config.json, with flags on top.
 
 import contextlib
 import dataclasses
-import difflib
 import io
 import itertools
 import logging
@@ -25,7 +24,7 @@ from tx_jax.config import OF_THE_RUN, ModelConfig
 from tx_jax.config_json import from_json
 from tx_jax.data.token_files import is_token_files
 from tx_jax.data.wheels import cache_dir
-from tx_jax.errors import InputError, require
+from tx_jax.errors import InputError, nearest, require
 from tx_jax.run_config import RunConfig
 from tx_jax.run_presets import RUNS
 
@@ -156,8 +155,8 @@ def check_init(cfg: RunConfig, default: RunConfig) -> None:
 
 
 def _read(path: Path) -> RunConfig:
-    close = difflib.get_close_matches(str(path), RUNS, 1)
-    hint = f"did you mean {close[0]!r}?" if close else "or give a CONFIG.json"
+    close = nearest(str(path), RUNS)
+    hint = f"did you mean {close!r}?" if close else "or give a CONFIG.json"
     require(path.suffix == ".json", f"preset={str(path)!r} is not one of {', '.join(RUNS)}; {hint}")
     require(path.is_file(), f"config={str(path)!r} does not exist; give a config.json, or one of {', '.join(RUNS)}")
     try:

@@ -1,12 +1,11 @@
 """What the types and names of a config's fields promise, held for every config alike; config.py has the relations."""
 
 import dataclasses
-import difflib
 import math
 import typing
 from typing import Any, Literal
 
-from tx_jax.errors import require
+from tx_jax.errors import nearest, require
 
 
 def check(config: Any) -> None:
@@ -16,8 +15,8 @@ def check(config: Any) -> None:
         value: Any = getattr(config, name)
         if typing.get_origin(kind) is Literal:
             choices = typing.get_args(kind)
-            close = difflib.get_close_matches(str(value), choices, 1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+            close = nearest(str(value), choices)
+            hint = f"; did you mean {close!r}?" if close else ""
             require(value in choices, f"{name}={value!r:.80} is not one of {', '.join(choices)}{hint}")
             continue
         kinds: tuple[Any, ...] = typing.get_args(kind) or (kind,)

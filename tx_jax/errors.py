@@ -3,6 +3,9 @@
 Scripts print it and exit with 2; anything else that is raised is a fault of ours and keeps its traceback.
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class InputError(ValueError):
     """A value given by the user breaks a rule; the message names value, rule and remedy.
@@ -20,3 +23,12 @@ def require(ok: object, message: str) -> None:
     """Raise InputError(message) unless ok."""
     if not ok:
         raise InputError(message)
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """What a misspelt name was to be, of the names that are known; None: none of them is like it.
+
+    >>> nearest("gpt2-smal", ["gpt2-small", "llama3-8b"])
+    'gpt2-small'
+    """
+    return next(iter(difflib.get_close_matches(name, list(known), 1)), None)

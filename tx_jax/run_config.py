@@ -1,13 +1,12 @@
 """A training run as a frozen value that checks itself: what is read, how it is optimised, how long, on what."""
 
 import dataclasses
-import difflib
 import re
 from typing import Literal
 
 from tx_jax.config import DType, ModelConfig
 from tx_jax.config_checks import check, divisors
-from tx_jax.errors import require
+from tx_jax.errors import nearest, require
 
 OptimizerName = Literal["adamw", "lion", "adafactor", "muon", "schedule-free"]
 Schedule = Literal["constant", "cosine", "noam", "wsd"]
@@ -271,8 +270,8 @@ class RunConfig:
         require(given or stack == needs, f"{rule}; change the one or the other")
         for name in sorted(self.changes):
             rule = f"change={self.change!r} names {name}, which is no field"
-            close = difflib.get_close_matches(name, FIELDS, 1)
-            hint = f"did you mean {close[0]}?" if close else "name one such as optim.peak_lr"
+            close = nearest(name, FIELDS)
+            hint = f"did you mean {close}?" if close else "name one such as optim.peak_lr"
             require(name in FIELDS, f"{rule}; {hint}")
             may = "optim.*, train.*, model.dropout-rate and, but for tokenizer, vocab-size and objective, data.*"
             require(CHANGEABLE.fullmatch(name), f"{rule} that a run may change; those are {may}")

@@ -52,6 +52,16 @@ def test_sample_alone_lists_runs_and_models(run, sample, capsys, tmp_path, monke
     assert "smollm2" in about
 
 
+@pytest.mark.parametrize("name", ["whole", "hole", "runs/hole", "Whole"])
+def test_a_run_is_suggested(name, sample, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "whole").mkdir(parents=True)
+    (tmp_path / "runs" / "whole" / "config.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        sample([name, "--prompt", "a"])
+    assert f"model {name!r} does not exist; did you mean runs/whole? Or give a name (" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("more", [[], ["--train.scan-layers", "--mesh.tensor", "2"]])
 def test_a_dry_run_tells_what_is_needed_and_writes_nothing(run, train, tiny, capsys, tmp_path, more):
     train([*tiny, "--run-dir", str(tmp_path / "new"), "--dry-run", *more])

@@ -1,7 +1,6 @@
 """What a model costs: `python -m tx_jax.complexity gpt2-small --seq-len 1024 --device H100`."""
 
 import dataclasses
-import difflib
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +13,7 @@ from tx_jax.complexity.measure import measure, plot, report
 from tx_jax.complexity.table import table
 from tx_jax.config import DType, ModelConfig
 from tx_jax.convert.sources import find_source, open_source
-from tx_jax.errors import InputError
+from tx_jax.errors import InputError, nearest, require
 from tx_jax.inspect.plots import check_picture
 from tx_jax.presets import MODELS
 from tx_jax.training.peaks import PEAKS, Device, published, this_device
@@ -35,7 +34,10 @@ class Args:
 
 @one_line_errors()
 def main(argv: list[str]) -> None:
-    """Print the table and, if asked to, measure."""
+    """Print the table and, if asked to, measure. Nothing is asked for: list what can be."""
+    if not argv:
+        print(*MODELS, "", "Take one, or what sample.py takes: python -m tx_jax.complexity NAME", sep="\n")
+        return
     args = parse(Args, argv, prog="python -m tx_jax.complexity")
     if args.measure is not None:
         check_picture(args.measure)
@@ -53,9 +55,8 @@ def find_config(name: str) -> ModelConfig:
     """Of a preset, or of anything that sample.py takes."""
     if name in MODELS:
         return MODELS[name]()
-    close = difflib.get_close_matches(name, MODELS, 1)
-    if close and not Path(name).exists():
-        raise InputError(f"model={name!r} is no preset; did you mean {close[0]!r}?")
+    close = nearest(name, MODELS)
+    require(not close or Path(name).exists(), f"model={name!r} is no preset; did you mean {close!r}?")
     return open_source(find_source(name)).cfg
 
 
@@ -63,7 +64,9 @@ def find_device(name: str) -> Device:
     """What a device of this name can do."""
     found = this_device() if name == "here" else published(name)
     if found is None:
-        raise InputError(f"device={name!r} is not known; use here, or one of {', '.join(PEAKS)}")
+        close = nearest(name, PEAKS)
+        hint = f"did you mean {close!r}? Or use" if close else "use"
+        raise InputError(f"device={name!r} is not known; {hint} here, or one of {', '.join(PEAKS)}")
     return found
 
 

@@ -4,7 +4,6 @@ What can be opened is a table of kinds, each with a test, a reader of the model 
 """
 
 import contextlib
-import difflib
 import functools
 import importlib
 import os
@@ -33,7 +32,7 @@ from tx_jax.convert.named import NAMED, fetch_model
 from tx_jax.convert.pretrained import DTYPES, Source, open_directory, open_gguf_model
 from tx_jax.data.vocabularies import from_gguf
 from tx_jax.data.vocabulary_files import FILES, AnyTokenizer, find_tokenizer, fingerprint
-from tx_jax.errors import InputError, require
+from tx_jax.errors import InputError, nearest, require
 from tx_jax.lora import as_adapters, merge_lora
 from tx_jax.models import build, init_params
 from tx_jax.parallel import placed
@@ -133,7 +132,6 @@ def find_source(name: Name) -> Path:
     Raises:
         InputError: there is none.
     """
-    close = difflib.get_close_matches(name.lower(), NAMED, 1) if isinstance(name, str) else []
     if isinstance(name, str) and name in NAMED:  # Path("./minilm") is Path("minilm")
         rule = f"model {name!r} is a short name, and also a path here"
         require(not os.path.lexists(name), f"{rule}; write ./{name} for the path, or rename it")
@@ -142,11 +140,19 @@ def find_source(name: Name) -> Path:
     if hub := HUB.fullmatch(name):
         return _fetch_from_hub(hub["repo_id"], hub["revision"])
     path = check_no_pickle(Path(os.path.expanduser(name)))
-    hint = f"did you mean {close[0]}? Or give" if close else "give"
-    require(name and os.path.exists(path), f"model {name!r} does not exist; {hint} {POSSIBLE}")
+    require(name and os.path.exists(path), f"model {name!r} does not exist; {_hint(name)} {POSSIBLE}")
     path = path.parent if path.name in (WEIGHTS, INDEX) else path
     require(path.is_dir() or is_gguf(path), f"{path} is no model; give {POSSIBLE}")
     return path
+
+
+def _hint(name: str) -> str:
+    """The short name, or the run in runs/, that was meant."""
+    known = {name: name for name in NAMED}
+    for path in Path("runs").glob("*/config.json"):
+        known |= dict.fromkeys((path.parent.name, str(path.parent)), str(path.parent))
+    close = nearest(name.lower(), known)
+    return f"did you mean {known[close]}? Or give" if close else "give"
 
 
 def _fetch_from_hub(repo_id: str, revision: str | None) -> Path:

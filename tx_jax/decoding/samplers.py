@@ -22,7 +22,7 @@ Ids = Sequence[int] | Int[Array, "*b n"] | Int[np.ndarray, "*b n"]
 
 
 class Sampler(NamedTuple):
-    """How a token is drawn; None leaves a rule out, and Sampler() is greedy.
+    """How a token is drawn from logits, (B, V); None leaves a rule out, and Sampler() is greedy.
 
     Rules apply in this order, which is that of transformers; of several samplers, (one, other), each in turn. A number
     is one for all rows, or an array of one for each. A rule that would leave a row no token leaves the row as it is.

@@ -194,7 +194,7 @@ def _parts(batch: Any, n: int) -> Any:
 
 
 def make_eval_step(model: Model) -> Callable[[dict, Examples], tuple[Array, Array]]:
-    """A pure (params, batch) → (sum of nats, count of tokens), without dropout or smoothing.
+    """A pure (params, batch of (B, T) tokens) → (sum of nats, count of tokens), without dropout or smoothing.
 
     >>> from tx_jax import Batch, ModelConfig, build
     >>> model = build(ModelConfig(vocab_size=7, d_model=8, n_heads=2, n_layers=1))
