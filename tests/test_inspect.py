@@ -295,7 +295,7 @@ def test_attention_is_drawn_with_the_words_of_both(tmp_path):
     figure = plot_attention(weights, ["qué", "tal", "</s>"], ["how", "$are$"])
     np.testing.assert_array_equal(np.stack(images(figure)), weights)
     figure.savefig(tmp_path / "attention.svg")
-    assert len(ET.parse(tmp_path / "attention.svg").getroot().findall(f".//{SVG}image")) == 2
+    assert len(ET.parse(tmp_path / "attention.svg").getroot().findall(f".//{SVG}image")) == 2 + 1  # and the scale
     with pytest.raises(tx.InputError, match=r"x\.none is not a picture's name; end it with \.png or \.svg"):
         check_picture(tmp_path / "x.none")
 
@@ -306,11 +306,19 @@ def test_a_grid_has_a_picture_for_each_layer_and_head():
     np.testing.assert_array_equal(np.stack(drawn).reshape(weights.shape), weights)
 
 
+def test_all_heads_have_one_scale():
+    weights = np.array([[[[0.2, 0.8], [0.5, 0.5]], [[0.6, 0.4], [0.5, 0.5]]]])
+    panels = plot_heads(weights, list("ab")).axes
+    assert [axes.get_images()[0].get_clim() for axes in panels[:2]] == [(0, 0.8)] * 2
+    assert panels[2].get_ylabel() == "weight"
+
+
 def test_some_layers_of_many_are_drawn_by_their_numbers():
     weights = np.random.default_rng(0).random((9, 2, 4, 4))
     figure = plot_heads(weights, list("abcd"), layers=[3, 9])
     np.testing.assert_array_equal(np.stack(images(figure)), weights[[2, 2, 8, 8], [0, 1, 0, 1]])
-    titles = [axes.get_title() for axes in figure.axes]
+    *titles, scale = [axes.get_title() for axes in figure.axes]
+    assert not scale
     assert titles == ["layer 3, head 1", "layer 3, head 2", "layer 9, head 1", "layer 9, head 2"]
     for layers in ([], [0], [10]):
         with pytest.raises(tx.InputError, match=rf"layers=\{layers} must be one or more, from 1 to 9"):

@@ -32,7 +32,7 @@ ROTATION = 3  # of a number that is turned: × cos, × sin, +
 class Work(NamedTuple):
     """What a device has to do."""
 
-    flops: int = 0
+    flops: int = 0  # floating-point operations; a multiply-add is two
     n_bytes: int = 0  # to and from memory, if what is between two products stays near
 
     @property
@@ -62,12 +62,12 @@ class Complexity:
     """
 
     cfg: ModelConfig
-    batch: int
+    batch: int  # rows
     seq_len: int  # tokens a row; of the target
     source_len: int  # tokens a row of the source; 0: there is none
-    params: dict[str, int]
-    forward: Parts
-    backward: Parts
+    params: dict[str, int]  # how many numbers, by component
+    forward: Parts  # of all rows, by component
+    backward: Parts  # the same, of the gradients that follow a forward pass
     decode: Parts | None  # of one more token a row after seq_len, with the cache; None: an encoder decodes nothing
     decode_again: Parts | None  # the same without it: all of the row is computed again
     cache_bytes: int  # of seq_len slots a row, or a window's, where all layers have one

@@ -120,8 +120,8 @@ def plot_heads(
     Args:
         layers: those that are drawn, by their numbers from 1; None: all.
 
-    >>> len(plot_heads(np.ones((1, 2, 1, 1)), ["a"]).axes)
-    2
+    >>> [axes.get_title() for axes in plot_heads(np.ones((1, 2, 1, 1)), ["a"]).axes]  # the last: its scale
+    ['layer 1, head 1', 'layer 1, head 2', '']
 
     Raises:
         InputError: there are not as many words as weights, no such layer, or matplotlib is not installed.
@@ -132,14 +132,16 @@ def plot_heads(
     shown = range(1, L + 1) if layers is None else layers
     rule = f"layers={layers} must be one or more, from 1 to {L}"
     require(len(shown) and all(1 <= layer <= L for layer in shown), rule)
-    size = N * (0.25 * S + 0.5) + 0.8, len(shown) * (0.25 * T + 0.5) + 0.8
+    drawn = np.asarray(weights)[np.array(shown) - 1]
+    size = N * (0.25 * S + 0.5) + 1.5, len(shown) * (0.25 * T + 0.5) + 0.8
     figure, panels = figure_of(*size, len(shown), N, sharex=True, sharey=True)
     for (row, head), axes in np.ndenumerate(panels):
-        axes.imshow(np.asarray(weights[shown[row] - 1, head]), cmap="Blues", vmin=0, aspect="auto")
+        image = axes.imshow(drawn[row, head], cmap="Blues", vmin=0, vmax=drawn.max(), aspect="auto")
         axes.set_title(f"layer {shown[row]}" + f", head {head + 1}" * (N > 1), fontsize=8)
         axes.set_xticks(range(S), keys, rotation=90, fontsize=8, parse_math=False)
     for axes in panels[:, 0]:
         axes.set_yticks(range(T), queries, fontsize=8, parse_math=False)
+    figure.colorbar(image, ax=panels, label="weight")
     return figure
 
 
@@ -188,7 +190,7 @@ def plot_positions(cfg: ModelConfig, n: int = 64) -> "Figure":
     figure, ((left, right),) = figure_of(10, 4, 1, 2)
     shown = added if turn is None else turn.cos[0, :, 0]
     name = f"{cfg.positions}: " + ("added to embeddings" if turn is None else "cosine of each pair's angle")
-    left.imshow(np.asarray(shown, np.float32), aspect="auto", cmap="RdBu", interpolation="nearest")
+    figure.colorbar(left.imshow(np.asarray(shown, np.float32), aspect="auto", cmap="RdBu", interpolation="nearest"))
     left.set(xlabel="column" if turn is None else "pair, the fastest first", ylabel="position", title=name)
     if bias is None:
         x = np.asarray(shown, np.float64)
@@ -248,6 +250,7 @@ def plot_cache(n_tokens: int, n_slots: int, n_sinks: int = 0) -> "Figure":
         held[t + 1] = held[t]
         held[t + 1, slot] = t
     figure, ((axes,),) = figure_of(0.3 * n_slots + 2, 0.2 * n_tokens + 1)
-    axes.imshow(np.where(held[1:] < 0, np.nan, held[1:]), cmap="viridis", aspect="auto")
+    image = axes.imshow(np.where(held[1:] < 0, np.nan, held[1:]), cmap="viridis", aspect="auto")
+    figure.colorbar(image, label="position")
     axes.set(xlabel="slot", ylabel="after token", title="position that each slot holds")
     return figure
