@@ -58,6 +58,12 @@ def test_commands_parse(command):
             parse(SCRIPTS[name], program[len(name.split()) :], prog=name)
 
 
+def test_the_table_is_what_is_printed(capsys):
+    complexity.main(["gpt2-small", "--seq-len", "1024", "--device", "TPU v5e"])
+    (table,) = re.findall(r"```\n(FLOPs .*?)```", README, re.DOTALL)
+    assert table in capsys.readouterr().out
+
+
 def small(cfg, **changes):
     """A model of random weights, as `load_pretrained` gives it."""
     cfg = dataclasses.replace(cfg, vocab_size=280, d_head=16, n_heads=2, n_layers=1, d_mlp=32, **changes)
