@@ -13,6 +13,7 @@ from tx_jax.complexity.costs import n_bytes, total
 from tx_jax.complexity.leaves import leaves
 from tx_jax.complexity.measure import Curve, measure, report
 from tx_jax.complexity.train_flops import make_train_flops
+from tx_jax.convert import sources
 from tx_jax.ops import attention
 from tx_jax.presets import MODELS
 
@@ -126,6 +127,24 @@ def test_cache_bytes_are_those_of_the_cache(change):
     assert tx.complexity(cfg, 3, 48).cache_bytes == n_bytes(tx.init_cache(cfg, 3, slots))
 
 
+def test_what_cross_attention_keeps_is_what_encode_gives():
+    cfg = tx.ModelConfig(**SIZES, stack="encoder_decoder", n_encoder_layers=3, n_kv_heads=2, d_value=24)
+    model, params, (source, _) = shapes_of(cfg, 3, 48)
+    memory = jax.eval_shape(lambda params, ids: model.apply({"params": params}, ids, method="encode"), params, source)
+    found = tx.complexity(cfg, 3, 40, source_len=48)
+    assert (found.cache_bytes, found.memory_bytes) == (n_bytes(tx.init_cache(cfg, 3, 40)), n_bytes(memory))
+    assert tx.complexity(tx.ModelConfig(**SIZES), 3, 48).memory_bytes == 0
+
+
+@pytest.mark.parametrize("remat", ["none", "full", "dots", "names"])
+def test_half_the_bytes_are_kept_of_numbers_of_half_the_size(remat):
+    """But of float32 logits; and no weight is among them, though its numbers are halved, too."""
+    cfg, half = (tx.ModelConfig(**SIZES, dtype=dtype) for dtype in ("float32", "bfloat16"))
+    many, few = (tx.complexity(one, 1, 2).activation_bytes(remat) for one in (cfg, half))
+    assert sum(few.values()) < sum(many.values()) < 4 * tx.count_params(cfg) / 10
+    assert few["attention projections"] * 2 == pytest.approx(many["attention projections"], rel=0.01)  # and positions
+
+
 def test_what_a_backward_pass_is_given():
     """With full remat what goes into a block; with names also q, k, v and what attention gives."""
     cfg = tx.ModelConfig(**SIZES | {"n_kv_heads": 2})
@@ -226,6 +245,16 @@ def test_the_command_prints_every_component_and_a_time(capsys):
     assert "on TPU v5e (197 TFLOP/s, 819 GB/s; 241 FLOPs a byte)" in said
 
 
+def test_the_command_takes_what_a_preset_is_named_like(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = tx.ModelConfig(**SIZES | {"vocab_size": 7}, mlp="swiglu", norm="rmsnorm")
+    tx.save_pretrained("gpt2-smal", cfg, tx.init_params(tx.build(cfg), jax.random.key(0)))
+    monkeypatch.setattr(sources, "fetch_model", lambda name: tmp_path / "gpt2-smal")
+    for name in ("gpt2-smal", "smollm2"):
+        command.main([name])
+        assert f"{tx.count_params(cfg):,}" in capsys.readouterr().out
+
+
 def test_the_command_alone_lists_presets(capsys):
     command.main([])
     assert set(MODELS) < set(capsys.readouterr().out.splitlines())
@@ -234,6 +263,11 @@ def test_the_command_alone_lists_presets(capsys):
 @pytest.mark.parametrize(
     ("args", "told"),
     [
+        (
+            ["gpt2-small", "--device", "h100"],
+            "device='h100' is not known; did you mean 'H100'? Or use here, or one of ",
+        ),
+        (["./gpt2-smal"], "model='./gpt2-smal' is no preset; did you mean 'gpt2-small'?"),
         (["gpt2-small", "--device", "none"], "device='none' is not known; use here, or one of B200, "),
         (["gpt2-smal"], "model='gpt2-smal' is no preset; did you mean 'gpt2-small'?"),
         (

@@ -261,6 +261,25 @@ def test_a_cached_decode_attends_as_the_whole_does():
     assert (last.attention[..., 4:] == 0).all()
 
 
+def test_a_cached_decode_attends_to_the_source_as_the_whole_does():
+    model, params = made(stack="encoder_decoder")
+    whole = look(model, params, TOKENS, source=SOURCE, source_positions=POSITIONS)
+    memory = model.apply({"params": params}, SOURCE, POSITIONS, method="encode")
+    first = look(model, params, TOKENS[:, :3], memory=memory, cache=tx.init_cache(model.cfg, 2, 8))
+    last = look(model, params, TOKENS[:, 3:], memory=memory, cache=first.cache)
+    np.testing.assert_allclose(last.cross, whole.cross[..., 3:, :], atol=1e-5)
+    np.testing.assert_allclose(last.attention[..., :4], whole.attention[..., 3:, :], atol=1e-5)
+    assert whole.encoder_attention is not None
+    assert last.encoder_attention is None
+
+
+def test_a_prefix_sees_all_of_itself():
+    model, params = made()
+    seen = look(model, params, TOKENS, prefix=jnp.array([3, 0])).attention
+    assert (seen[:, 0, :, :3, :3] > 0).all()
+    assert (seen[:, 1] * ~jnp.tri(4, dtype=bool) == 0).all()
+
+
 def test_looking_changes_nothing_afterwards():
     model, params = made()
     before, _ = jax.jit(model.apply)({"params": params}, TOKENS)
@@ -281,6 +300,10 @@ def test_what_cannot_be_looked_at():
     model, params = made()
     with pytest.raises(tx.InputError, match=r"DecoderLM reads no source; leave source= out"):
         look(model, params, TOKENS, source=SOURCE)
+    with pytest.raises(tx.InputError, match=r"^EncoderDecoder reads a source; give source=$"):
+        look(tx.build(dataclasses.replace(model.cfg, stack="encoder_decoder")), params, TOKENS)
+    with pytest.raises(tx.InputError, match=r"^DecoderLM reads no source_positions, types; leave source_positions, t"):
+        look(model, params, TOKENS, types=TOKENS, source_positions=POSITIONS)
     with pytest.raises(tx.InputError, match=r"the layers of stack are stacked; look at unstack_layers\(params\)"):
         look(model, tx.stack_layers(params), TOKENS)
 

@@ -31,4 +31,5 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     >>> nearest("gpt2-smal", ["gpt2-small", "llama3-8b"])
     'gpt2-small'
     """
-    return next(iter(difflib.get_close_matches(name, list(known), 1)), None)
+    spelt = {one.lower(): one for one in known}
+    return next((spelt[close] for close in difflib.get_close_matches(name.lower(), spelt, 1)), None)

@@ -3,6 +3,7 @@
 import errno
 import importlib
 import time
+import types
 import warnings
 
 import pytest
@@ -72,6 +73,16 @@ def test_wandb_keeps_a_run_in_its_directory(cfg, tmp_path, monkeypatch):
     one, other = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
     assert one.name == other.name  # of the run's id
     assert b"loss_of_a_test" in one.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["run-20261129_120000-my-run", "offline-run-20261129_120000-my-run"])
+def test_wandb_goes_on_with_the_run_that_is_there(cfg, tmp_path, monkeypatch, name):
+    given = {}
+    run = types.SimpleNamespace(define_metric=lambda *_, **__: None, log=None, finish=None)
+    monkeypatch.setattr(importlib.import_module("wandb"), "init", lambda **how: given.update(how) or run)
+    (tmp_path / "run" / "wandb" / name).mkdir(parents=True)
+    open_writer(cfg("wandb"))
+    assert given["id"] == "my-run"
 
 
 def test_wandb_without_a_key(cfg, monkeypatch):

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+import jax
 import tyro
 
 from tx_jax.command_line import one_line_errors, parse
@@ -12,7 +13,7 @@ from tx_jax.complexity.costs import complexity
 from tx_jax.complexity.measure import measure, plot, report
 from tx_jax.complexity.table import table
 from tx_jax.config import DType, ModelConfig
-from tx_jax.convert.sources import find_source, open_source
+from tx_jax.convert.sources import find_source, is_known, open_source
 from tx_jax.errors import InputError, nearest, require
 from tx_jax.inspect.plots import check_picture
 from tx_jax.presets import MODELS
@@ -29,7 +30,8 @@ class Args:
     source_len: int | None = None  # tokens of the source, of an encoder-decoder; None: seq_len
     dtype: DType = "bfloat16"  # of computation and of weights
     device: str = "here"  # whose least time is told: "TPU v5e", H100, … or here
-    measure: Path | None = None  # time a block of its kind here, draw that to this .png or .svg, and tell its exponents
+    # time a block of its kind here (of float32 on a CPU), draw that to this .png or .svg, and tell its exponents
+    measure: Path | None = None
 
 
 @one_line_errors()
@@ -46,7 +48,7 @@ def main(argv: list[str]) -> None:
     device = find_device(args.device)
     print(table(found, args.model, (args.device, device)))
     if args.measure is not None:
-        curves = measure(cfg)
+        curves = measure(cfg if jax.default_backend() != "cpu" else dataclasses.replace(cfg, dtype="float32"))
         print(report(curves))
         plot(curves, this_device()).savefig(args.measure, dpi=120)
 
@@ -56,7 +58,7 @@ def find_config(name: str) -> ModelConfig:
     if name in MODELS:
         return MODELS[name]()
     close = nearest(name, MODELS)
-    require(not close or Path(name).exists(), f"model={name!r} is no preset; did you mean {close!r}?")
+    require(not close or is_known(name), f"model={name!r} is no preset; did you mean {close!r}?")
     return open_source(find_source(name)).cfg
 
 

@@ -71,18 +71,18 @@ class Complexity:
     decode: Parts | None  # of one more token a row after seq_len, with the cache; None: an encoder decodes nothing
     decode_again: Parts | None  # the same without it: all of the row is computed again
     cache_bytes: int  # of seq_len slots a row, or a window's, where all layers have one
+    memory_bytes: int  # of the source's keys and values, which a decoder keeps beside its cache; 0: there is no source
 
     def activation_bytes(self, remat: str = "none") -> dict[str, int]:
         """What the backward pass of a training step is given by the forward pass, beside parameters and the batch.
 
-        By component. It is asked of JAX's differentiation, of the attention that this backend has. XLA may compute some
-        of it again.
+        By component, without dropout, of weights in cfg.dtype. It is asked of JAX's differentiation, of the attention
+        that this backend has. XLA may compute some of it again.
 
         Args:
             remat: as `build` has it.
         """
-        cfg = dataclasses.replace(self.cfg, dropout_rate=0.0, attention_dropout_rate=0.0)
-        model, (batch, params) = build(cfg, remat), _shapes(cfg, self.batch, self.seq_len, self.source_len)
+        model, (batch, params) = build(self.cfg, remat), _shapes(self.cfg, self.batch, self.seq_len, self.source_len)
         found = kept_bytes(lambda params, batch: make_eval_step(model)(params, batch)[0], params, batch)
         return {name: found[name] for name in self.params}
 
@@ -122,7 +122,7 @@ def complexity(
     params = {name: sum(leaf.n_params for leaf in found if leaf.component == name) for name in forward}
     slots = min(T, cfg.reach or T)
     cache = n_bytes(jax.eval_shape(lambda: init_cache(cfg, batch, slots))) if decodes else 0
-    return Complexity(cfg, batch, T, S, params, forward, backward, decode, again, cache)
+    return Complexity(cfg, batch, T, S, params, forward, backward, decode, again, cache, _memory(cfg, batch, T, S))
 
 
 def n_bytes(tree: Any) -> int:
@@ -194,11 +194,22 @@ def _of_leaf(cfg: ModelConfig, leaf: Leaf, n: int) -> tuple[int, int]:
 
 
 def _shapes(cfg: ModelConfig, B: int, T: int, S: int) -> tuple[Batch | PairBatch, dict]:
-    """Of a batch and of parameters."""
+    """Of a batch, and of parameters in cfg.dtype."""
 
     def batch() -> Batch | PairBatch:
         ids, source = jnp.zeros((B, T), jnp.int32), jnp.zeros((B, S), jnp.int32)
         rows = ids, ids, jnp.ones((B, T))
         return PairBatch(source, *rows) if S else Batch(*rows)
 
-    return jax.eval_shape(batch), jax.eval_shape(lambda key: init_params(build(cfg), key), jax.random.key(0))
+    params = jax.eval_shape(lambda key: init_params(build(cfg), key), jax.random.key(0))
+    return jax.eval_shape(batch), jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, cfg.dtype), params)
+
+
+def _memory(cfg: ModelConfig, B: int, T: int, S: int) -> int:
+    """Bytes of what `encode` gives."""
+    batch, params = _shapes(cfg, B, T, S)
+
+    def encode(params: dict, source: Any) -> Any:
+        return build(cfg).apply({"params": params}, source, method="encode")
+
+    return n_bytes(jax.eval_shape(encode, params, batch.source)) if isinstance(batch, PairBatch) else 0

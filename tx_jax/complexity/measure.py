@@ -126,7 +126,7 @@ def _at_length(cfg: ModelConfig, n: int) -> list[Case]:
     params = init_params(model, key)
     tokens = jnp.zeros((1, n), jnp.int32)
     cache = init_cache(cfg, 1, n)._replace(positions=jnp.arange(-1, n - 1).at[0].set(n - 2)[None])
-    q = jnp.ones((1, n, cfg.n_heads, cfg.H))
+    q = jnp.ones((1, n, cfg.n_heads, cfg.H), cfg.dtype)
 
     def attend(q: Any, k: Any) -> Any:
         return attention(q, k, k, Mask(causal=True))
@@ -152,7 +152,7 @@ def _feed_forward(cfg: ModelConfig, size: str, n: int, T: int, d_model: int) -> 
     def feed(params: Any, x: Any) -> Any:
         return MLP(cfg).apply({"params": params}, x)
 
-    return Case("feed-forward", size, n, feed, (params, jnp.ones((1, T, d_model))), work.flops)
+    return Case("feed-forward", size, n, feed, (params, jnp.ones((1, T, d_model), cfg.dtype)), work.flops)
 
 
 def _flops(parts: Parts | None) -> int:

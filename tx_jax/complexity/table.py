@@ -60,7 +60,8 @@ def _sums(found: Complexity) -> list[str]:
     ring = f" of the last {slots:,}" * (slots < found.seq_len)
     each = found.cache_bytes // (found.batch * slots)
     cache = f"{of_bytes(found.cache_bytes)}, {of_bytes(each)} a token{ring}" if found.decode else "none"
-    return [*kept, "", f"key-value cache: {cache}"]
+    memory = f"; of the source {of_bytes(found.memory_bytes)}" * bool(found.memory_bytes)
+    return [*kept, "", f"key-value cache: {cache}{memory}"]
 
 
 def _times(found: Complexity, name: str, device: Device) -> list[str]:

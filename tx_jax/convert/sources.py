@@ -126,6 +126,11 @@ def end_ids(special_ids: Mapping[str, Any], tokenizer: AnyTokenizer | None) -> t
     return tuple(sorted({*(ends if isinstance(ends, list) else [ends]), *getattr(tokenizer, "eos_ids", ())}))
 
 
+def is_known(name: str) -> bool:
+    """Whether `find_source` has something to look at, rather than a name that nothing has."""
+    return name in NAMED or bool(HUB.fullmatch(name)) or os.path.exists(os.path.expanduser(name))
+
+
 def find_source(name: Name) -> Path:
     """The file or directory that `name` stands for; it is fetched if need be.
 
@@ -151,7 +156,7 @@ def _hint(name: str) -> str:
     known = {name: name for name in NAMED}
     for path in Path("runs").glob("*/config.json"):
         known |= dict.fromkeys((path.parent.name, str(path.parent)), str(path.parent))
-    close = nearest(name.lower(), known)
+    close = nearest(name, known)
     return f"did you mean {known[close]}? Or give" if close else "give"
 
 

@@ -4,8 +4,9 @@ Calls of its attention and of its blocks are intercepted as JAX traces them. Att
 unit vectors as values, which gives its weights themselves, whatever mask, bias, cap or cache it has.
 """
 
+import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -47,18 +48,22 @@ def look(
     *,
     source: Int[Array, "B S"] | None = None,
     source_positions: Int[Array, "#B S"] | None = None,
+    memory: Cache | None = None,
     segments: Int[Array, "#B T"] | None = None,
+    prefix: Int[Array, " B"] | None = None,
+    types: Int[Array, "#B T"] | None = None,
     cache: Cache | None = None,
 ) -> Seen:
     """A forward pass, with the attention weights of all heads and the hidden vectors of all layers.
 
     It holds (L, B, N, T, S) weights: look at a sentence, not at a book.
 
+    Arguments are those of the model's `hidden`.
+
     Args:
         tokens: of the target, a start first, where there is a source.
-        source, source_positions: of an encoder-decoder.
-        segments: of a decoder or an encoder.
-        cache: of a decoder; attention is then over its slots.
+        source, source_positions: of an encoder-decoder; or memory, what its `encode` gave, (B, S, K, H) a layer.
+        cache: attention is then over its slots.
 
     >>> import tx_jax as tx
     >>> model = tx.build(tx.ModelConfig(vocab_size=7, d_model=8, n_heads=2, n_layers=1))
@@ -67,19 +72,24 @@ def look(
     ((1, 1, 2, 3, 3), True)
 
     Raises:
-        InputError: the layers are stacked, or a source is lacking, or one is given to a model that reads none.
+        InputError: the layers are stacked, a source is lacking, or something is given that the model does not read.
     """
-    both = isinstance(model, EncoderDecoder)
-    kind = type(model).__name__
-    rule = f"{kind} reads a source; give source=" if both else f"{kind} reads no source; leave source= out"
-    require(both == (source is not None), rule)
+    both, kind = isinstance(model, EncoderDecoder), type(model).__name__
+    inputs = {"source": source, "source_positions": source_positions, "memory": memory, "segments": segments}
+    inputs |= {"prefix": prefix, "types": types, "cache": cache}
+    inputs = {name: value for name, value in inputs.items() if value is not None}
+    unread = ", ".join(name for name in inputs if name not in inspect.signature(model.hidden).parameters)
+    require(not unread, f"{kind} reads no {unread}; leave {unread}= out")
+    require(not both or {"source", "memory"} & inputs.keys(), f"{kind} reads a source; give source=")
     scanned = [name for name, part in params.items() if isinstance(part, dict) and SCANNED in part]
     require(not scanned, f"the layers of {', '.join(scanned)} are stacked; look at unstack_layers(params)")
-    inputs = {"source": source, "source_positions": source_positions} if both else {"segments": segments}
-    inputs |= {} if cache is None else {"cache": cache}
-    apply: Any = model.apply
+
+    def read(module: Any) -> Any:
+        x, cache = module.hidden(tokens, positions, **inputs)
+        return module.logits(x), cache
+
     with nn.intercept_methods(_record):
-        (logits, cache), state = apply({"params": params}, tokens=tokens, positions=positions, mutable=[SEEN], **inputs)
+        (logits, cache), state = cast(Any, model.apply)({"params": params}, method=read, mutable=[SEEN])
     parts = state[SEEN]
     of_tokens, encoder = parts["decoder" if both else "stack"], parts.get("encoder")
     return Seen(

@@ -136,12 +136,12 @@ def plot_heads(
     size = N * (0.25 * S + 0.5) + 1.5, len(shown) * (0.25 * T + 0.5) + 0.8
     figure, panels = figure_of(*size, len(shown), N, sharex=True, sharey=True)
     for (row, head), axes in np.ndenumerate(panels):
-        image = axes.imshow(drawn[row, head], cmap="Blues", vmin=0, vmax=drawn.max(), aspect="auto")
+        axes.imshow(drawn[row, head], cmap="Blues", vmin=0, vmax=drawn.max(), aspect="auto")
         axes.set_title(f"layer {shown[row]}" + f", head {head + 1}" * (N > 1), fontsize=8)
         axes.set_xticks(range(S), keys, rotation=90, fontsize=8, parse_math=False)
     for axes in panels[:, 0]:
         axes.set_yticks(range(T), queries, fontsize=8, parse_math=False)
-    figure.colorbar(image, ax=panels, label="weight")
+    figure.colorbar(panels[0, 0].get_images()[0], ax=panels, label="weight")
     return figure
 
 

@@ -76,7 +76,7 @@ def wandb(library: Any, cfg: RunConfig) -> Writer:
     """A run, which goes on where this directory's did. WANDB_PROJECT and WANDB_MODE=offline are heeded."""
     where = Path(cfg.run_dir).resolve()
     before = sorted(where.glob("wandb/*run-*-*"), key=os.path.getmtime)
-    own = before[-1].name.rpartition("-")[2] if before else None
+    own = before[-1].name.partition("run-")[2].partition("-")[2] if before else None
     how = {"name": where.name, "id": own, "resume": "allow", "dir": str(where), "config": fields_of(cfg)}
     try:
         run = library.init(project=os.environ.get("WANDB_PROJECT", "tx_jax"), **how)
