@@ -26,6 +26,7 @@ from tx_jax.data.token_files import is_token_files
 from tx_jax.data.wheels import cache_dir
 from tx_jax.errors import InputError, nearest, require
 from tx_jax.run_config import RunConfig
+from tx_jax.run_dir import fields_of, read_config
 from tx_jax.run_presets import RUNS
 
 USAGE = """usage: python train.py PRESET|CONFIG.json [--run-dir DIR] [flags]
@@ -44,6 +45,7 @@ OF_INIT = (  # what is that of the model to begin with, if there is one
     "data.tokenizer",
     "data.vocab_size",
 )
+BACKENDS = ("cpu", "tpu")  # whose presets differ; a GPU's are those of a TPU
 C = TypeVar("C")
 
 
@@ -120,6 +122,8 @@ def _is_rule(row: str) -> bool:
 def parse_run(args: list[str]) -> RunConfig:
     """The run that a command line describes: defaults < preset or file < flags.
 
+    A preset's values are those of this backend or, of a run that was begun on another, of that one.
+
     Raises:
         InputError: there is no such preset or file, or the flags break a rule.
     """
@@ -130,10 +134,24 @@ def parse_run(args: list[str]) -> RunConfig:
         rows = (f"  {name:<26}{(make.__doc__ or '').splitlines()[0]}\n" for name, make in RUNS.items())
         print(USAGE.format(presets="".join(rows)))
         sys.exit(0)
+    prog = f"train.py {name}"
     default = RUNS[name](jax.default_backend()) if name in RUNS else _read(Path(name))
-    cfg = parse(RunConfig, flags, prog=f"train.py {name}", default=default)
+    cfg = parse(RunConfig, flags, prog=prog, default=default)
+    if name in RUNS and (Path(cfg.run_dir) / "config.json").is_file():
+        stored = fields_of(read_config(cfg.run_dir))
+        for other in map(RUNS[name], BACKENDS):
+            with contextlib.suppress(InputError):  # of flags that are not for that one
+                begun = parse(RunConfig, flags, prog=prog, default=other)
+                if _holds(stored, begun, rather_than=cfg):
+                    cfg, default = begun, other
     check_init(cfg, default)
     return cfg
+
+
+def _holds(stored: dict[str, object], cfg: RunConfig, rather_than: RunConfig) -> bool:
+    """Whether what is stored is of cfg wherever the two differ."""
+    other = fields_of(rather_than)
+    return all(stored[name] == value for name, value in fields_of(cfg).items() if value != other[name])
 
 
 def check_init(cfg: RunConfig, default: RunConfig) -> None:

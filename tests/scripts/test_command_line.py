@@ -1,5 +1,6 @@
 """What a user gets wrong: one line on standard error, exit code 2, and nothing written."""
 
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 from tx_jax.command_line import one_line_errors, parse_run
 from tx_jax.config import ModelConfig
 from tx_jax.run_config import OptimConfig
+from tx_jax.run_dir import write_config
 from tx_jax.run_presets import RUNS
 
 ROOT = Path(__file__).parents[2]
@@ -248,3 +250,25 @@ def test_defaults_preset_file_flags(tmp_path):
     assert (run.model.tie_head, run.model.d_model) == (False, ModelConfig().d_model)
     for name, make in RUNS.items():
         assert parse_run([name]) == make("cpu")
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_goes_on_on_another_kind_of_device(name, tmp_path):
+    """The same command: what a preset has for where the run began."""
+    flags = [name, "--run-dir", str(tmp_path), "--train.n-steps", "9", "--optim.warmup-steps", "1"]
+    begun = dataclasses.replace(
+        (made := RUNS[name]("tpu")),
+        run_dir=str(tmp_path),
+        train=dataclasses.replace(made.train, n_steps=9),
+        optim=dataclasses.replace(made.optim, warmup_steps=1),
+    )
+    here = parse_run(flags)
+    write_config(tmp_path, begun)
+    assert parse_run(flags) == begun
+    assert here.model.dtype == "float32"
+    assert parse_run([*flags, "--model.dtype", "float32"]).model.dtype == "float32"  # which is then refused
+
+
+def test_a_run_of_other_flags_is_that_of_this_kind_of_device(tmp_path):
+    write_config(tmp_path, dataclasses.replace(RUNS["gpt-shakespeare"]("tpu"), model=ModelConfig(d_model=8, n_heads=1)))
+    assert parse_run(["gpt-shakespeare", "--run-dir", str(tmp_path)]).model == RUNS["gpt-shakespeare"]("cpu").model
