@@ -3,6 +3,7 @@
 import base64
 import os
 import tempfile
+import time
 
 import nbformat
 from mkdocs.structure.files import File
@@ -31,10 +32,12 @@ def on_page_read_source(page, config):
         return None
     notebook = nbformat.read(page.file.abs_src_path, as_version=4)
     if os.environ.get("EXECUTE"):
+        start = time.monotonic()
         with tempfile.TemporaryDirectory() as empty:
             where = {"metadata": {"path": empty}}
             how = {"timeout": 3600, "kernel_name": "python3", "coalesce_streams": True}
             NotebookClient(notebook, resources=where, **how).execute()
+        print(f"{page.file.src_uri}: {time.monotonic() - start:.0f} s")
     text, resources = MarkdownExporter().from_notebook_node(notebook)
     for name, picture in resources["outputs"].items():
         kind = "svg+xml" if name.endswith("svg") else "png"
