@@ -92,7 +92,8 @@ def complexity(
 ) -> Complexity:
     """What a model costs for `batch` rows of `seq_len` tokens, in cfg.dtype.
 
-    Attention is of whole rows though it be causal, of a window's width where there is one. Bytes are those of weights
+    Attention is of whole rows though it be causal, of a window's width where there is one. Of experts those count that
+    a token is sent to, though on a CPU, without a capacity, all read it. Bytes are those of weights
     and of what products read and write; scores are counted as if they stayed near the processor, as in a flash kernel.
 
     Args:
