@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384)  # tokens: enough for scores to outweigh kernels, in a minute on a CPU
 WIDTH, D_HEAD = 64, 32
-MLP_WIDTH = 256  # of the feed-forward at these lengths: enough for products to outweigh what they read
+MLP_WIDTH = 512  # of the feed-forward at these lengths: enough for products to outweigh what they read
 WIDTHS, ROWS = (128, 256, 512, 1024), 512  # of the feed-forward for so many tokens
 
 

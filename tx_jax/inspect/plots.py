@@ -141,7 +141,7 @@ def plot_heads(
         axes.set_xticks(range(S), keys, rotation=90, fontsize=8, parse_math=False)
     for axes in panels[:, 0]:
         axes.set_yticks(range(T), queries, fontsize=8, parse_math=False)
-    figure.colorbar(panels[0, 0].get_images()[0], ax=panels, label="weight")
+    figure.colorbar(panels[0, 0].get_images()[0], ax=panels, label="weight", aspect=50)
     return figure
 
 
