@@ -39,7 +39,12 @@ DEFAULT_TEMPERATURE = {False: 0.8, True: 0.0}  # of a text that goes on, and of 
 def main(argv: list[str]) -> None:
     """Check all that is asked for, load, generate, print. Nothing is asked for: list what can be."""
     if not argv:
-        print(*list_sources(), "", "Take one: python sample.py NAME --prompt TEXT; --help lists all flags.", sep="\n")
+        print(
+            *list_sources(),
+            "",
+            "Take one: python sample.py NAME --prompt TEXT, or --source; --help has all.",
+            sep="\n",
+        )
         return
     args = parse(Args, argv, prog="sample.py")
     keep_compiled()

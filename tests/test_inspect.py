@@ -302,6 +302,9 @@ def test_what_cannot_be_looked_at():
         look(model, params, TOKENS, source=SOURCE)
     with pytest.raises(tx.InputError, match=r"^EncoderDecoder reads a source; give source=$"):
         look(tx.build(dataclasses.replace(model.cfg, stack="encoder_decoder")), params, TOKENS)
+    both = tx.build(dataclasses.replace(model.cfg, stack="encoder_decoder"))
+    with pytest.raises(tx.InputError, match=r"^source= and memory= are of the same; leave one out$"):
+        look(both, params, TOKENS, source=SOURCE, memory=tx.init_cache(model.cfg, 2, 4))
     with pytest.raises(tx.InputError, match=r"^DecoderLM reads no source_positions, types; leave source_positions, t"):
         look(model, params, TOKENS, types=TOKENS, source_positions=POSITIONS)
     with pytest.raises(tx.InputError, match=r"the layers of stack are stacked; look at unstack_layers\(params\)"):
@@ -358,6 +361,7 @@ def test_every_position_scheme_is_drawn(scheme):
         np.testing.assert_allclose(shown[:, 0], np.cos(np.arange(16)), atol=1e-5)  # the fastest: a radian a token
     if scheme == "alibi":
         assert len(figure.axes[1].lines) == 7
+        np.testing.assert_allclose(shown[-1], -np.arange(16)[::-1] * 2 ** (-8 / 7), rtol=1e-3)  # of head 1
 
 
 def test_masks_are_drawn_as_they_are():

@@ -17,6 +17,7 @@ from tx_jax.convert.sources import find_source, is_known, open_source
 from tx_jax.errors import InputError, nearest, require
 from tx_jax.inspect.plots import check_picture
 from tx_jax.presets import MODELS
+from tx_jax.run_presets import RUNS
 from tx_jax.training.peaks import PEAKS, Device, published, this_device
 
 
@@ -57,6 +58,8 @@ def find_config(name: str) -> ModelConfig:
     """Of a preset, or of anything that sample.py takes."""
     if name in MODELS:
         return MODELS[name]()
+    rule = f"model={name!r} is a preset of train.py; see python train.py {name} --dry-run"
+    require(name not in RUNS or is_known(name), f"{rule}, or give one of {', '.join(MODELS)}")
     close = nearest(name, MODELS)
     require(not close or is_known(name), f"model={name!r} is no preset; did you mean {close!r}?")
     return open_source(find_source(name)).cfg

@@ -6,6 +6,10 @@ from tx_jax.complexity.costs import Complexity, Parts, Work, total
 from tx_jax.modules.block import KEPT
 from tx_jax.training.peaks import Device
 
+REMAT = (
+    "  full: what goes into a block; dots: that, and its products; names: that, and queries, keys, values and what",
+    "  attention gives. The rest is computed again. An array counts where it is made.",
+)
 GROWTH = """
 growth in tokens T and width d          time       compute        memory
   attention                            O(T²)      O(T²·d)         O(T²)   O(T) where scores are taken in blocks
@@ -25,7 +29,7 @@ def table(found: Complexity, name: str, device: tuple[str, Device] | None = None
     """
     of_source = f" from {found.source_len:,} of the source" if found.source_len else ""
     title = f"{name}: {found.batch} × {found.seq_len:,} tokens{of_source}, {found.cfg.dtype}"
-    head = ("FLOPs", "parameters", "forward", "backward", "a byte", "next token", "without cache", "a byte")
+    head = ("FLOPs", "parameters", "forward", "a byte", "backward", "next token", "a byte", "without cache")
     rows = [_row(found, part) for part in found.params]
     sums = ("in all", f"{sum(found.params.values()):,}", *_cells(found, total))
     lines = [title, "", *_columns([head, *rows, sums]), "", *_sums(found)]
@@ -38,11 +42,11 @@ def _row(found: Complexity, part: str) -> tuple[str, ...]:
 
 def _cells(found: Complexity, of: Callable[[Parts], Work]) -> tuple[str, ...]:
     forward, backward = of(found.forward), of(found.backward)
-    cells = (f"{si(forward.flops)}", si(backward.flops), f"{forward.intensity:,.1f}")
+    cells = (si(forward.flops), f"{forward.intensity:,.1f}", si(backward.flops))
     if found.decode is None or found.decode_again is None:
         return (*cells, "", "", "")
     token, again = of(found.decode), of(found.decode_again)
-    return (*cells, si(token.flops), si(again.flops), f"{token.intensity:,.1f}")
+    return (*cells, si(token.flops), f"{token.intensity:,.1f}", si(again.flops))
 
 
 def _columns(rows: list[tuple[str, ...]]) -> list[str]:
@@ -61,7 +65,7 @@ def _sums(found: Complexity) -> list[str]:
     each = found.cache_bytes // (found.batch * slots)
     cache = f"{of_bytes(found.cache_bytes)}, {of_bytes(each)} a token{ring}" if found.decode else "none"
     memory = f"; of the source {of_bytes(found.memory_bytes)}" * bool(found.memory_bytes)
-    return [*kept, "", f"key-value cache: {cache}{memory}"]
+    return [*kept, *REMAT, "", f"key-value cache: {cache}{memory}"]
 
 
 def _times(found: Complexity, name: str, device: Device) -> list[str]:
@@ -71,8 +75,8 @@ def _times(found: Complexity, name: str, device: Device) -> list[str]:
         seconds = sum(work.seconds(device) for parts in passes for work in parts.values())
         return f"{si(seconds)}s"
 
-    where = "this machine" if name == "here" else name
-    peak = f"{si(device.flops)}FLOP/s, {si(device.bandwidth)}B/s"
+    where, kind = ("this machine", "") if name == "here" else (name, " of 16 bits")
+    peak = f"{si(device.flops)}FLOP/s{kind}, {si(device.bandwidth)}B/s"
     decode = f", the next token {least(found.decode)}" if found.decode else ""
     times = f"forward {least(found.forward)}, forward and backward {least(found.forward, found.backward)}{decode}"
     return [f"at least, on {where} ({peak}; {device.flops / device.bandwidth:,.0f} FLOPs a byte): {times}"]
@@ -86,7 +90,7 @@ def si(number: float | int) -> str:
     """
     if not number:
         return "0 "
-    for factor, prefix in zip((1e15, 1e12, 1e9, 1e6, 1e3, 1, 1e-3, 1e-6), "PTGMk mµ", strict=True):
+    for factor, prefix in zip((1e15, 1e12, 1e9, 1e6, 1e3, 1, 1e-3, 1e-6, 1e-9), "PTGMk mµn", strict=True):
         if number >= 0.9995 * factor:
             digits = f"{number / factor:#.3g}".rstrip(".")
             return f"{digits} {prefix.strip()}"

@@ -33,7 +33,7 @@ class Seen(NamedTuple):
 
     logits: Float[Array, "B T V"]
     hidden: Float[Array, "L B T D"]  # after each block, before the last norm
-    attention: Float[Array, "L B N T S"]  # who attends to whom; over S it sums to 1
+    attention: Float[Array, "L B N T S"]  # who attends to whom; over S it sums to 1, but for queries that see nothing
     cross: Float[Array, "L B N T S"] | None = None  # to the source, of an encoder-decoder
     encoder_hidden: Float[Array, "Le B S D"] | None = None
     encoder_attention: Float[Array, "Le B N S S"] | None = None
@@ -80,7 +80,9 @@ def look(
     inputs = {name: value for name, value in inputs.items() if value is not None}
     unread = ", ".join(name for name in inputs if name not in inspect.signature(model.hidden).parameters)
     require(not unread, f"{kind} reads no {unread}; leave {unread}= out")
-    require(not both or {"source", "memory"} & inputs.keys(), f"{kind} reads a source; give source=")
+    n_sources = len({"source", "memory"} & inputs.keys())
+    require(not both or n_sources, f"{kind} reads a source; give source=")
+    require(n_sources < 2, "source= and memory= are of the same; leave one out")
     scanned = [name for name, part in params.items() if isinstance(part, dict) and SCANNED in part]
     require(not scanned, f"the layers of {', '.join(scanned)} are stacked; look at unstack_layers(params)")
 

@@ -184,21 +184,30 @@ def plot_positions(cfg: ModelConfig, n: int = 64) -> "Figure":
 
     def said(scheme: Any) -> tuple:
         added = scheme.add(jnp.zeros((1, n, cfg.d_model)), index)
-        return added[0], scheme.turn(index), scheme.bias(index[:, -1:], index)
+        return added[0], scheme.turn(index), scheme.bias(index, index)
 
     (added, turn, bias), _ = scheme.init_with_output(jax.random.key(0), method=said)
     figure, ((left, right),) = figure_of(10, 4, 1, 2)
-    shown = added if turn is None else turn.cos[0, :, 0]
-    name = f"{cfg.positions}: " + ("added to embeddings" if turn is None else "cosine of each pair's angle")
+    if bias is not None:
+        shown, what, axes = bias[0, 0], "added to the scores of head 1", ("key", "query")
+    elif turn is not None:
+        shown, what, axes = turn.cos[0, :, 0], "cosine of each pair's angle", ("pair, the fastest first", "position")
+    else:
+        what, axes = "added to embeddings" if added.any() else "nothing is added", ("column", "position")
+        shown = added
+    drawn = ", as first drawn" * (cfg.positions in ("learned", "t5"))  # and not yet trained
     figure.colorbar(left.imshow(np.asarray(shown, np.float32), aspect="auto", cmap="RdBu", interpolation="nearest"))
-    left.set(xlabel="column" if turn is None else "pair, the fastest first", ylabel="position", title=name)
+    left.set(xlabel=axes[0], ylabel=axes[1], title=f"{cfg.positions}: {what}{drawn}")
+    right.set(xlabel="distance, tokens")
     if bias is None:
         x = np.asarray(shown, np.float64)
         right.plot(x @ x[0] / (np.linalg.norm(x[0]) ** 2 or 1))
-        right.set(xlabel="distance, tokens", title="product of a position with the first")
+        right.set_title("product of a position with the first")
     else:
-        right.plot(n - 1 - np.arange(n), np.asarray(bias)[0, :, 0].T)
-        right.set(xlabel="distance, tokens", title=f"added to the scores of each head ({cfg.positions})")
+        heads = np.asarray(bias, np.float32)[0, :, -1]
+        lines = right.plot(n - 1 - np.arange(n), heads.T)
+        right.legend([lines[0], lines[-1]], ["head 1", f"head {len(heads)}"])
+        right.set_title("added to the last query's scores, a line a head")
     right.grid(alpha=0.3)
     return figure
 
@@ -210,12 +219,16 @@ MASKS = {  # of n queries and keys
     "window and sinks": lambda n: Mask(causal=True, window=max(n // 3, 1), n_sinks=2),
     "prefix": lambda n: Mask(causal=True, prefix=jnp.array([n // 2])),
     "packed documents": lambda n: Mask(causal=True, q_segments=_halves(n), k_segments=_halves(n)),
-    "padding": lambda n: Mask(causal=True, k_positions=jnp.where(jnp.arange(n) < 2 * n // 3, jnp.arange(n), -1)[None]),
+    "padding": lambda n: Mask(causal=True, q_positions=_two_thirds(n), k_positions=_two_thirds(n)),
 }
 
 
 def _halves(n: int) -> Array:
     return jnp.arange(n)[None] * 2 // n
+
+
+def _two_thirds(n: int) -> Array:
+    return jnp.where(jnp.arange(n) < 2 * n // 3, jnp.arange(n), -1)[None]
 
 
 def plot_masks(n: int = 12) -> "Figure":

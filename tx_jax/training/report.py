@@ -212,7 +212,9 @@ class Report:
         again = saved if stopped else "done"
         if self.n_in_a_row:
             self.line(f"WARNING: the last {self.n_in_a_row} steps were skipped; an earlier checkpoint may be better")
-        self.line(f"step {step:>5}  {again}. To sample: python sample.py {self.run_dir}")
+        asked = {"decoder": "", "encoder_decoder": " --source TEXT"}.get(self.cfg.model.stack)
+        sample = "" if asked is None else f" To sample: python sample.py {self.run_dir}{asked}"
+        self.line(f"step {step:>5}  {again}.{sample}")
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """One record of metrics.jsonl, without what is not finite, for which JSON has no word."""
