@@ -361,7 +361,7 @@ def test_every_position_scheme_is_drawn(scheme):
         np.testing.assert_allclose(shown[:, 0], np.cos(np.arange(16)), atol=1e-5)  # the fastest: a radian a token
     if scheme == "alibi":
         assert len(figure.axes[1].lines) == 7
-        np.testing.assert_allclose(shown[-1], -np.arange(16)[::-1] * 2 ** (-8 / 7), rtol=1e-3)  # of head 1
+        np.testing.assert_allclose(shown[-1], -np.arange(16)[::-1] / 4)  # of head 1, whose slope is that of 4 heads
 
 
 def test_masks_are_drawn_as_they_are():
