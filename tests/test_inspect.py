@@ -375,6 +375,20 @@ def test_a_ring_is_drawn_as_it_fills():
     assert np.nan_to_num(held, nan=-1).tolist() == [[0, -1, -1], [0, 1, -1], [0, 1, 2], [3, 1, 2], [3, 4, 2]]
 
 
+@pytest.mark.parametrize(
+    ("picture", "told"),
+    [
+        (lambda: plot_cache(5, 4, 4), r"^n_sinks=4 must be from 0 to 3, less than n_slots$"),
+        (lambda: plot_cache(0, 4), r"^n_tokens=0, n_slots=4 must be at least 1$"),
+        (lambda: plot_positions(SMALL, 0), r"^n=0 positions must be at least 1$"),
+        (lambda: gallery("gpt2-smal"), r"^'gpt2-smal' is no preset; did you mean 'gpt2-small'\?$"),
+    ],
+)
+def test_what_cannot_be_drawn(picture, told):
+    with pytest.raises(tx.InputError, match=told):
+        picture()
+
+
 def test_a_page_holds_words_and_weights_and_no_word_ends_it():
     weights = np.random.default_rng(0).random((2, 3, 2, 2))
     page = browse(weights, ["</script>", "b"])._repr_html_()

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from xml.sax.saxutils import escape
 
 from tx_jax.config import ModelConfig
+from tx_jax.errors import nearest, require
 from tx_jax.models import count_params
 from tx_jax.presets import MODELS
 
@@ -162,7 +163,12 @@ def gallery(*names: str) -> str:
 
     >>> gallery("gpt2-small")[:4]
     '<svg'
+
+    Raises:
+        InputError: there is no preset of this name.
     """
+    for name in names:
+        require(name in MODELS, f"{name!r} is no preset; did you mean {nearest(name, MODELS) or next(iter(MODELS))!r}?")
     uncounted = [draw(dataclasses.replace(MODELS[name](), vocab_size=None)) for name in names]  # quick, and as tall
     tall = max(float(picture.split('height="')[1].split('"')[0]) for picture in uncounted)
     pictures = [draw(MODELS[name](), name, tall) for name in names]

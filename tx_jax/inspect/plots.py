@@ -177,8 +177,9 @@ def plot_positions(cfg: ModelConfig, n: int = 64) -> "Figure":
     'distance, tokens'
 
     Raises:
-        InputError: matplotlib is not installed.
+        InputError: matplotlib is not installed, or n is below 1.
     """
+    require(n >= 1, f"n={n} positions must be at least 1")
     index, causal = jnp.arange(n)[None], cfg.stack != "encoder"
     scheme = SCHEMES[cfg.positions](cfg, causal)
 
@@ -255,8 +256,10 @@ def plot_cache(n_tokens: int, n_slots: int, n_sinks: int = 0) -> "Figure":
     'slot'
 
     Raises:
-        InputError: matplotlib is not installed.
+        InputError: matplotlib is not installed, or a number is below 1 (n_sinks: below 0, or leaves no slot to a ring).
     """
+    require(n_tokens >= 1 and n_slots >= 1, f"n_tokens={n_tokens}, n_slots={n_slots} must be at least 1")
+    require(0 <= n_sinks < n_slots, f"n_sinks={n_sinks} must be from 0 to {n_slots - 1}, less than n_slots")
     held = np.full((n_tokens + 1, n_slots), -1)
     slots = np.asarray(slots_of(jnp.arange(n_tokens)[None], n_slots, n_sinks))[0]
     for t, slot in enumerate(slots):
