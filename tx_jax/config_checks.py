@@ -15,7 +15,7 @@ def check(config: Any) -> None:
         value: Any = getattr(config, name)
         if typing.get_origin(kind) is Literal:
             choices = typing.get_args(kind)
-            close = nearest(str(value), choices)
+            close = None if value in choices else nearest(str(value), choices)
             hint = f"; did you mean {close!r}?" if close else ""
             require(value in choices, f"{name}={value!r:.80} is not one of {', '.join(choices)}{hint}")
             continue

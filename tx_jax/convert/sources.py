@@ -153,7 +153,7 @@ def find_source(name: Name) -> Path:
 
 def _hint(name: str) -> str:
     """The short name, or the run in runs/, that was meant."""
-    known = {name: name for name in NAMED}
+    known = {other: other for other in NAMED if other != name}
     for path in Path("runs").glob("*/config.json"):
         known |= dict.fromkeys((path.parent.name, str(path.parent)), str(path.parent))
     close = nearest(name, known)
