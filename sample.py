@@ -76,10 +76,7 @@ def main(argv: list[str]) -> None:
         return tx.fuse(params) if jax.default_backend() == "cpu" else params  # where it is measured to be faster
 
     if args.input is not None:
-        settings = dataclasses.asdict(args) | {
-            "model": str(path.resolve()),
-            "dtype": writer.model.cfg.dtype,
-        }
+        settings = dataclasses.asdict(args) | {"model": str(path.resolve()), "dtype": writer.model.cfg.dtype}
         write_file(writer, load, settings, chats=chats)
         return
     asked = args.interactive or said is not None or own is not None

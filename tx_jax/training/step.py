@@ -171,15 +171,18 @@ def make_train_step(
     def updated(state: TrainState, grads: Any) -> TrainState:
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
-        share = jnp.minimum(ema_rate, (1 + state.step) / (10 + state.step))
-        mean = state.ema
-        if ema_rate:
-            mean = jax.tree.map(lambda old, new: share * old + (1 - share) * new, mean, params)
-        elif jax.tree.leaves(mean):
-            mean = mean_params(opt_state, params)
+        mean = _mean(state, params, opt_state, ema_rate)
         return state._replace(params=params, opt_state=opt_state, ema=mean)
 
     return step
+
+
+def _mean(state: TrainState, params: Any, opt_state: Any, rate: float) -> Any:
+    """The mean of the parameters, with the new ones; as it is, if none is kept."""
+    if rate:
+        share = jnp.minimum(rate, (1 + state.step) / (10 + state.step))
+        return jax.tree.map(lambda old, new: share * old + (1 - share) * new, state.ema, params)
+    return mean_params(opt_state, params) if jax.tree.leaves(state.ema) else state.ema
 
 
 def _parts(batch: Any, n: int) -> Any:
